@@ -1,0 +1,105 @@
+"""NSA's composition, once: select, attend three times, gate (eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa.config import NSAConfig
+from nsa.routes import Request, Routing, resolve
+from nsa.stages import stage
+
+
+def nsa_attention(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    k_sel: torch.Tensor,
+    v_sel: torch.Tensor,
+    k_win: torch.Tensor,
+    v_win: torch.Tensor,
+    gates: torch.Tensor,
+    config: NSAConfig,
+    *,
+    routing: str | Routing = "auto",
+    q_start: int | torch.Tensor = 0,
+    win_start: int = 0,
+) -> torch.Tensor:
+    """Native Sparse Attention of queries over compressed, selected and sliding keys (eq. 5).
+
+    Args:
+        q: ``(B,T,HQ,D)``.
+        k_cmp, v_cmp: ``(B,C,H,D)``, ``(B,C,H,DV)``, the compressed blocks.
+        k_sel, v_sel: ``(B,S,H,D)``, ``(B,S,H,DV)``, every token.
+        k_win, v_win: like ``k_sel, v_sel``, or only the tokens from ``win_start`` on.
+        gates: ``(B,T,HQ,3)`` for cmp, sel, win.
+        routing: which backend computes each branch; a branch that is ``off`` does no work and adds nothing.
+        q_start: absolute position of ``q[:, 0]``, an int or ``(B,)``.
+        win_start: absolute position of ``k_win[:, 0]``; at most ``max(0, q_start - w + 1)``.
+
+    Returns:
+        ``o (B,T,HQ,DV)``, the gated sum, in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit the configuration, or routing text that does not parse.
+        UnsupportedRoute: a named backend cannot run here, with the reason of each row.
+    """
+    _check_shapes(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, config)
+    grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (q, k_cmp, k_sel, k_win, v_cmp, v_sel, v_win)
+    )
+    request = Request(
+        device=q.device.type,
+        dtype=q.dtype,
+        num_queries=q.shape[1],
+        kv_len=k_sel.shape[1],
+        needs_grad=grad,
+        config=config,
+    )
+    route = resolve(routing, request)
+    parts: list[tuple[int, torch.Tensor]] = []
+    if route.cmp is not None:
+        with stage("cmp"):
+            parts.append((0, route.cmp(q, k_cmp, v_cmp, config, q_start=q_start)[0]))
+    if route.sel is not None and route.score is not None:
+        with stage("score"):
+            chosen = route.score(q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1])
+        with stage("sel"):
+            parts.append((1, route.sel(q, k_sel, v_sel, chosen, config, q_start=q_start)[0]))
+    if route.win is not None:
+        with stage("win"):
+            parts.append((2, route.win(q, k_win, v_win, config, q_start=q_start - win_start)[0]))
+    with stage("gate"):
+        gates = gates.to(q.dtype).unsqueeze(-1)
+        branch, part = parts[0]
+        out = part * gates[..., branch, :]
+        for branch, part in parts[1:]:
+            out = torch.addcmul(out, part, gates[..., branch, :])
+    return out
+
+
+def _check_shapes(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    k_sel: torch.Tensor,
+    v_sel: torch.Tensor,
+    k_win: torch.Tensor,
+    v_win: torch.Tensor,
+    gates: torch.Tensor,
+    config: NSAConfig,
+) -> None:
+    batch, rows = q.shape[:2]
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    expected = {
+        "q": (q, (batch, rows, heads, config.head_dim)),
+        "k_cmp": (k_cmp, (batch, k_cmp.shape[1], kv_heads, config.head_dim)),
+        "v_cmp": (v_cmp, (batch, k_cmp.shape[1], kv_heads, config.v_dim)),
+        "k_sel": (k_sel, (batch, k_sel.shape[1], kv_heads, config.head_dim)),
+        "v_sel": (v_sel, (batch, k_sel.shape[1], kv_heads, config.v_dim)),
+        "k_win": (k_win, (batch, k_win.shape[1], kv_heads, config.head_dim)),
+        "v_win": (v_win, (batch, k_win.shape[1], kv_heads, config.v_dim)),
+        "gates": (gates, (batch, rows, heads, 3)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")

@@ -1,0 +1,176 @@
+"""The branches as rectangles of queries x keys, for backends that work on dense tiles.
+
+Each query row belongs to at most one piece, so nothing is merged and the lse of a piece is the row's; rows in no piece
+are empty (output 0, lse -inf). A piece is cut so that little of it is masked, and it holds its mask as patches: only the
+columns where something is hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from nsa.blocks import num_compressed_blocks, num_selection_blocks
+from nsa.config import NSAConfig
+
+Output = tuple[torch.Tensor, torch.Tensor]
+NEG_INF = float("-inf")
+
+# Rows of a piece: few enough that a triangular or banded one wastes little, enough to feed a matrix product.
+BAND_ROWS = 64
+COMPRESSED_ROWS = 256
+SELECTED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a piece hides among its columns from ``column`` on.
+
+    ``mask()`` is additive, ``(B*H or 1, rows, width)`` in the queries' dtype: 0 where allowed, -inf where hidden. Additive,
+    so that no polarity can be mistaken.
+    """
+
+    column: int
+    mask: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Queries ``[row, row_end)`` attend keys ``[key, key_end)`` but for the patches.
+
+    ``may_be_empty``: some row may hide every key; otherwise each row sees at least one.
+    """
+
+    row: int
+    row_end: int
+    key: int
+    key_end: int
+    patches: tuple[Patch, ...] = ()
+    may_be_empty: bool = False
+
+
+def _chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((row, min(row + size, stop)) for row in range(start, stop, size))
+
+
+def _arange(start: int, end: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(start, end, device=device)
+
+
+def _hide(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, NEG_INF)
+
+
+class _Triangles:
+    """The masks of a call's diagonals: interior pieces share theirs, so each shape is built once."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.like = like
+        self.built: dict[tuple[int, int, int, bool], torch.Tensor] = {}
+
+    def above(self, rows: int, columns: int) -> torch.Tensor:
+        """Hide column c from row i when ``c >= i``."""
+        return self._get(rows, columns, 0, True)
+
+    def below(self, rows: int, columns: int, diagonal: int) -> torch.Tensor:
+        """Hide column c from row i when ``c <= i + diagonal``."""
+        return self._get(rows, columns, diagonal, False)
+
+    def _get(self, rows: int, columns: int, diagonal: int, above: bool) -> torch.Tensor:
+        key = (rows, columns, diagonal, above)
+        if key not in self.built:
+            ones = torch.ones(1, rows, columns, dtype=torch.bool, device=self.like.device)
+            hidden = ones.triu(diagonal) if above else ones.tril(diagonal)
+            self.built[key] = _hide(hidden, self.like.dtype)
+        return self.built[key]
+
+
+def compressed_pieces(q: torch.Tensor, blocks: int, config: NSAConfig, q_start: int) -> list[Piece]:
+    """Queries ``q (B,T,..)`` from position ``q_start`` over ``blocks`` compressed blocks; rows that see none are left out."""
+    pieces = []
+    first_seeing = max(0, config.compression_block_size - 1 - q_start)
+    for row, end in _chunks(first_seeing, q.shape[1], COMPRESSED_ROWS):
+        least = min(num_compressed_blocks(q_start + row + 1, config), blocks)
+        most = min(num_compressed_blocks(q_start + end, config), blocks)
+
+        def stairs(row: int = row, end: int = end, least: int = least, most: int = most) -> torch.Tensor:
+            last_token = (
+                _arange(least, most, q.device) * config.compression_stride + config.compression_block_size - 1
+            )
+            hidden = last_token > _arange(q_start + row, q_start + end, q.device).unsqueeze(1)
+            return _hide(hidden.unsqueeze(0), q.dtype)
+
+        if most:
+            pieces.append(Piece(row, end, 0, most, (Patch(least, stairs),) if least < most else ()))
+    return pieces
+
+
+def sliding_pieces(q: torch.Tensor, length: int, config: NSAConfig, q_start: int) -> list[Piece]:
+    """The band of ``w`` keys up to each query: a triangle hidden at its left end, where keys fall out, one at its right."""
+    width = config.window_size
+    triangles = _Triangles(q)
+    pieces = []
+    for row, end in _chunks(0, q.shape[1], BAND_ROWS):
+        first, last = q_start + row, q_start + end - 1
+        key, key_end = max(0, first - width + 1), min(length, last + 1)
+        patches = []
+        fallen = min(last - width + 1, key_end) - key
+        if fallen > 0:  # row i hides column c when key + c < first + i - w + 1
+            patches.append(Patch(0, partial(triangles.below, end - row, fallen, first - width - key)))
+        if key_end > first + 1:
+            patches.append(Patch(first + 1 - key, partial(triangles.above, end - row, key_end - first - 1)))
+        pieces.append(Piece(row, end, key, key_end, tuple(patches), may_be_empty=key_end <= last))
+    return pieces
+
+
+def selected_pieces(
+    q: torch.Tensor, block_indices: torch.Tensor, length: int, config: NSAConfig, q_start: int
+) -> list[Piece]:
+    """All keys up to each query with what is not selected hidden; leading rows that select everything are plain causal.
+
+    ``block_indices (B,T,H,N)``. Which rows select everything is read on the host, once.
+    """
+    device, size = q.device, config.selection_block_size
+    batch, rows, kv_heads = block_indices.shape[:3]
+    num_blocks = num_selection_blocks(length, config)
+    block_mask = q.new_full((batch, rows, kv_heads, num_blocks + 1), NEG_INF)
+    slots = torch.where(block_indices < 0, num_blocks, block_indices).long()
+    block_mask = (
+        block_mask.scatter_(-1, slots, 0.0)[..., :num_blocks].transpose(1, 2).flatten(0, 1)
+    )  # (B*H, T, blocks)
+    own = _arange(q_start, q_start + rows, device) // size
+    missing = (block_mask != 0) & (_arange(0, num_blocks, device) <= own.unsqueeze(1))
+    incomplete = missing.any(-1).any(0)
+    dense_rows = int(incomplete.int().argmax()) if bool(incomplete.any()) else rows
+
+    triangles = _Triangles(q)
+    pieces = []
+    for row, end in _chunks(0, rows, SELECTED_ROWS):
+        first, key_end = q_start + row, min(length, q_start + end)
+        dense = end <= dense_rows
+        patches = []
+        if key_end > first + 1:
+            patches.append(Patch(first + 1, partial(triangles.above, end - row, key_end - first - 1)))
+        if not dense:
+
+            def chosen(row: int = row, end: int = end, key_end: int = key_end) -> torch.Tensor:
+                blocks = block_mask[:, row:end, : num_selection_blocks(key_end, config)]
+                return blocks.repeat_interleave(size, dim=-1)[..., :key_end]
+
+            patches.append(Patch(0, chosen))
+        pieces.append(Piece(row, end, 0, key_end, tuple(patches), may_be_empty=not dense))
+    return pieces
+
+
+def per_sequence(
+    fn: Callable[..., Output], tensors: tuple[torch.Tensor, ...], config: NSAConfig, q_start: torch.Tensor
+) -> Output:
+    """Run ``fn`` on each sequence of a batch with its own start; the starts are read on the host."""
+    parts = [
+        fn(*(t[b : b + 1] for t in tensors), config, q_start=start)
+        for b, start in enumerate(q_start.tolist())
+    ]
+    return torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts])

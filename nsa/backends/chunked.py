@@ -1,0 +1,141 @@
+"""Block scores and top-n in chunks of query rows: bounded memory, no T x C matrix, any device, no host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa.blocks import (
+    num_compressed_blocks,
+    num_selection_blocks,
+    overlap_weights,
+    own_block,
+    query_positions,
+    visible_compressed_blocks,
+)
+from nsa.config import NSAConfig
+
+# Elements of the probability matrix of one chunk, all heads: 1 MiB in fp32, the size of a core's L2 cache.
+CHUNK_ELEMENTS = 2**18
+# On a GPU a chunk must fill the machine instead.
+CHUNK_ELEMENTS_GPU = 2**26
+
+
+@torch.no_grad()
+def select_blocks(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    config: NSAConfig,
+    *,
+    q_start: int | torch.Tensor = 0,
+    kv_len: int | None = None,
+) -> torch.Tensor:
+    """See :func:`nsa.reference.select_blocks`: the same sets, scores in fp32 (fp64 for fp64 inputs)."""
+    batch, rows = q.shape[:2]
+    n = config.num_selected_blocks
+    if kv_len is None:
+        kv_len = rows + (int(q_start.max()) if isinstance(q_start, torch.Tensor) else q_start)
+    num_blocks = num_selection_blocks(kv_len, config)
+    # Rows with at most n existing blocks take all of them; no score is needed.
+    trivial = rows if num_blocks <= n else 0
+    if not isinstance(q_start, torch.Tensor):
+        trivial = min(rows, max(0, n * config.selection_block_size - q_start))
+    position = query_positions(q_start, rows, q.device)
+    parts = []
+    if trivial:
+        block = torch.arange(n, dtype=torch.int32, device=q.device)
+        own = own_block(position[:, :trivial, None], config)
+        every = torch.where(block <= own, block, -1)
+        parts.append(every[:, :, None].expand(batch, -1, config.num_kv_heads, -1))
+    on_cpu = q.device.type == "cpu"
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(2, (config.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (B, H, G, T, D)
+    keys = k_cmp.permute(0, 2, 3, 1).to(dtype).unsqueeze(2)  # (B, H, 1, D, C)
+    step = (CHUNK_ELEMENTS if on_cpu else CHUNK_ELEMENTS_GPU) // max(
+        1, batch * config.num_heads * k_cmp.shape[1]
+    )
+    step = max(16, step)
+    for row in range(trivial, rows, step):
+        span = slice(row, row + step)
+        seen = (
+            None
+            if isinstance(q_start, torch.Tensor)
+            else (q_start + row + 1, q_start + min(row + step, rows))
+        )
+        queries = grouped[..., span, :].to(dtype) * config.scale
+        parts.append(_select_rows(queries, keys, position[:, span], num_blocks, seen, config))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _select_rows(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    position: torch.Tensor,
+    num_blocks: int,
+    seen: tuple[int, int] | None,
+    config: NSAConfig,
+) -> torch.Tensor:
+    """Top-n of a chunk of scaled queries ``(B,H,G,T,D)``. Returns ``(B,T,H,n)`` int32.
+
+    ``seen``: how many tokens the first and the last query see, where the host knows.
+    """
+    everyone_sees = 0
+    if seen is not None:
+        everyone_sees = num_compressed_blocks(seen[0], config)
+        keys = keys[..., : num_compressed_blocks(seen[1], config)]
+        num_blocks = min(num_blocks, num_selection_blocks(seen[1], config))
+    p = _group_probabilities(q, keys, position, everyone_sees, config)
+    scores = _block_scores(p, num_blocks, config)
+
+    block = torch.arange(num_blocks, device=q.device)
+    own = own_block(position, config)[:, None, :, None]
+    scores.masked_fill_(
+        (block < config.num_initial_blocks) | (block > own - config.num_local_blocks), float("inf")
+    )
+    scores.masked_fill_(block > own, float("-inf"))
+    return _top_n(scores, config.num_selected_blocks).transpose(1, 2)
+
+
+def _group_probabilities(
+    q: torch.Tensor, keys: torch.Tensor, position: torch.Tensor, everyone_sees: int, config: NSAConfig
+) -> torch.Tensor:
+    """Sum over the group's heads of p_cmp, ``(B,H,T,C)``. The first ``everyone_sees`` blocks need no mask."""
+    logits = q @ keys
+    visible = visible_compressed_blocks(position, config)[:, None, None, :, None]
+    hidden = torch.arange(everyone_sees, keys.shape[-1], device=q.device) >= visible
+    # A finite floor, not -inf: a row that sees no block must not turn into NaN; it is cleared below.
+    logits[..., everyone_sees:].masked_fill_(hidden, torch.finfo(logits.dtype).min)
+    p = logits.softmax(-1)
+    p[..., everyone_sees:].masked_fill_(hidden, 0.0)
+    return p.sum(2)
+
+
+def _block_scores(p: torch.Tensor, num_blocks: int, config: NSAConfig) -> torch.Tensor:
+    """Eq. 9 as a strided stencil over the compressed blocks: ``(B,H,T,C) -> (B,H,T,num_blocks)``."""
+    first, weights = overlap_weights(config)
+    stride = config.selection_block_size // config.compression_stride
+    needed = (num_blocks - 1) * stride + len(weights)
+    padded = torch.nn.functional.pad(p, (-first, needed + first - p.shape[-1]))
+    scores = p.new_zeros(*p.shape[:-1], num_blocks)
+    for m, weight in enumerate(weights):
+        scores.add_(padded[..., m::stride][..., :num_blocks], alpha=weight)
+    return scores
+
+
+def _top_n(scores: torch.Tensor, n: int) -> torch.Tensor:
+    """Ascending int32 indices of the ``n`` best of the last dim, ties to the lower index, -1 for -inf at the tail."""
+    num_blocks = scores.shape[-1]
+    block = torch.arange(num_blocks, dtype=torch.int32, device=scores.device)
+    if num_blocks <= n:
+        chosen = torch.where(scores == float("-inf"), num_blocks, block)
+        chosen = torch.nn.functional.pad(chosen, (0, n - num_blocks), value=num_blocks)
+        return torch.where(chosen == num_blocks, -1, chosen).to(torch.int32)
+    threshold = scores.topk(n, dim=-1).values.amin(-1, keepdim=True)
+    keep = (scores >= threshold) & (scores > float("-inf"))
+    if scores.device.type == "cpu" and bool((keep.sum(-1) == n).all()):
+        # The common case, seen on the host for free: full rows without a tie at the threshold.
+        return keep.nonzero()[:, -1].view(*scores.shape[:-1], n).to(torch.int32)
+    above = scores > threshold
+    tied = keep & ~above
+    keep = above | (tied & (tied.cumsum(-1) <= n - above.sum(-1, keepdim=True)))
+    chosen = torch.where(keep, block, num_blocks).topk(n, dim=-1, largest=False, sorted=True).values
+    return torch.where(chosen == num_blocks, -1, chosen).to(torch.int32)

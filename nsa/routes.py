@@ -1,0 +1,316 @@
+"""The table branch x backend: what runs, or why it cannot. Code, parity tests, bench and README read this one table.
+
+Grammar of a routing: ``auto`` | ``BACKEND`` | ``cmp=fa2,sel=gather,win=sdpa``; a backend may name a variant
+(``gather:keys``), and a branch may be ``off`` (its work is skipped and it adds nothing). Branches left out are ``auto``;
+with a bare ``BACKEND``, so are the branches that backend has no row for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from nsa.config import NSAConfig
+
+BRANCHES = ("cmp", "score", "sel", "win")
+FUNCTIONS = {
+    "cmp": "compressed_attention",
+    "score": "select_blocks",
+    "sel": "selected_attention",
+    "win": "sliding_attention",
+}
+
+
+class UnsupportedRoute(RuntimeError):
+    """A named backend cannot run this request; the message gives the reason of every row asked."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """The facts a row may refuse on, known before anything runs. ``device`` is a device type such as ``cuda``."""
+
+    device: str
+    dtype: torch.dtype
+    num_queries: int
+    kv_len: int
+    needs_grad: bool
+    config: NSAConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compute one branch.
+
+    ``refuse`` returns why a request cannot run, or None. ``avoid`` returns why ``auto`` passes over the row although it
+    could run; a row named explicitly ignores it. ``passes`` are the passes the row computes. ``library`` is the function
+    that names what the row runs, where that is not torch itself.
+    """
+
+    branch: str
+    backend: str
+    target: str
+    refuse: Callable[[Request], str | None]
+    avoid: Callable[[Request], str | None] = lambda request: None
+    passes: tuple[str, ...] = ("fwd", "bwd")
+    library: str | None = None
+
+    def provider(self) -> str | None:
+        """The library that computes the row and its version, e.g. ``flash_attn 2.8.3``; None for torch and nsa."""
+        return None if self.library is None else _load(self.library)()
+
+    def load(self) -> Callable[..., Any]:
+        """The function itself; its module is imported now."""
+        return _load(self.target)
+
+
+@lru_cache(maxsize=None)
+def _load(target: str) -> Callable[..., Any]:
+    module, name = target.split(":")
+    fn: Callable[..., Any] = getattr(import_module(module), name)
+    return fn
+
+
+def _runs_anywhere(request: Request) -> str | None:
+    return None
+
+
+def _fused_sdpa(request: Request) -> str | None:
+    if request.device not in ("cpu", "cuda"):
+        return f"runs on cpu and cuda, got {request.device}"
+    if request.device == "cuda" and request.dtype == torch.float64:
+        return "torch's fused CUDA kernels take fp32, fp16 and bf16, got fp64"
+    return None
+
+
+def _on_cpu(request: Request) -> str | None:
+    return (
+        None
+        if request.device == "cpu"
+        else f"reads sizes on the host per block; runs on cpu, got {request.device}"
+    )
+
+
+_DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_FLASH_LIBRARY = "nsa.backends.flash:provider"
+
+
+def _flash(request: Request) -> str | None:
+    if request.device != "cuda":
+        return f"needs a CUDA GPU, got {request.device}"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
+    dim = max(request.config.head_dim, request.config.v_dim)
+    if dim > 256:
+        return f"head_dim at most 256, got {dim}"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, got ROCm"
+    if _load(_FLASH_LIBRARY)() is None:
+        return "neither flash_attn nor a torch with FlashAttention is installed: pip install 'nsabench[flash-attn]'"
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, torch sees none"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
+
+
+def _varlen_by_name(request: Request) -> str | None:
+    return "a variant of fa2, which takes the kernel for packed sequences where lengths differ"
+
+
+def _never_auto(request: Request) -> str | None:
+    return "the specification is chosen only by name"
+
+
+def _short_only(request: Request) -> str | None:
+    """Masked attention beats gathering only while nearly everything is selected anyway."""
+    reach = request.config.num_selected_blocks * request.config.selection_block_size
+    if request.kv_len <= reach:
+        return None
+    return f"works on every key; beyond n l' = {reach} tokens gathering is cheaper, got {request.kv_len}"
+
+
+def _chosen_by_gather(request: Request) -> str | None:
+    return "a variant of gather, which chooses between its two by device and number of queries"
+
+
+def _row(branch: str, backend: str, module: str, refuse: Callable[[Request], str | None], **more: Any) -> Row:
+    return Row(branch, backend, f"nsa.{module}:{FUNCTIONS[branch]}", refuse, **more)
+
+
+def _fa2(branch: str, variant: str = "", **more: Any) -> Row:
+    target = f"nsa.backends.flash:{FUNCTIONS[branch]}" + ("_varlen" if variant else "")
+    return Row(branch, f"fa2{variant}", target, _flash, library=_FLASH_LIBRARY, **more)
+
+
+TABLE: tuple[Row, ...] = (
+    _fa2("cmp"),
+    _fa2("cmp", ":varlen", avoid=_varlen_by_name),
+    _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
+    _row("score", "chunked", "backends.chunked", _runs_anywhere),
+    _row("sel", "sdpa", "backends.sdpa", _fused_sdpa, avoid=_short_only),
+    _row("sel", "gather", "backends.gather", _runs_anywhere),
+    Row(
+        "sel",
+        "gather:keys",
+        "nsa.backends.gather:selected_attention_by_keys",
+        _runs_anywhere,
+        _chosen_by_gather,
+    ),
+    Row(
+        "sel",
+        "gather:queries",
+        "nsa.backends.gather:selected_attention_by_queries",
+        _on_cpu,
+        _chosen_by_gather,
+    ),
+    _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
+    _fa2("win"),
+    _fa2("win", ":varlen", avoid=_varlen_by_name),
+    _row("win", "sdpa", "backends.sdpa", _fused_sdpa),
+    *(_row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto) for branch in BRANCHES),
+)
+
+
+def backends(branch: str | None = None) -> list[str]:
+    """Names in the table, for one branch or all, in the table's order."""
+    return list(dict.fromkeys(row.backend for row in TABLE if branch in (None, row.branch)))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A backend, ``auto`` or ``off`` per branch. ``score`` follows ``sel``: it is ``off`` exactly when ``sel`` is."""
+
+    cmp: str = "auto"
+    score: str = "auto"
+    sel: str = "auto"
+    win: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, known = getattr(self, field.name), backends(field.name)
+            if value not in ("auto", "off", *known):
+                allowed = ", ".join(["auto", "off", *known])
+                raise ValueError(f"unknown backend {value!r} for {field.name}; allowed: {allowed}")
+        if "off" in (self.score, self.sel):
+            object.__setattr__(self, "score", "off")
+            object.__setattr__(self, "sel", "off")
+        if self.cmp == self.sel == self.win == "off":
+            raise ValueError("every branch is off; at least one of cmp, sel, win must run")
+
+    @classmethod
+    def parse(cls, text: str) -> Routing:
+        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names what is wrong."""
+        return _parse(text.strip()) if text.strip() != "env" else cls.from_env(os.environ)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Routing:
+        """The routing an earlier NSA code would take from its ``NSA_*`` switches (1, true, yes, on are true)."""
+
+        def on(name: str) -> bool:
+            return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
+
+        chosen: dict[str, str] = {}
+        if on("NSA_USE_FA2"):
+            chosen.update(cmp="fa2", win="fa2")
+        for branch in ("cmp", "win"):
+            switch = f"NSA_USE_FA2_{branch.upper()}"
+            if switch in environ:
+                chosen[branch] = "fa2" if on(switch) else "sdpa"
+        if on("NSA_FA2_FORCE_VARLEN"):
+            chosen = {
+                branch: "fa2:varlen" if backend == "fa2" else backend for branch, backend in chosen.items()
+            }
+        if on("NSA_WIN_FORCE_DENSE"):
+            chosen["win"] = "sdpa"
+        # V2 chose how the packed path packs; without the first switch that code gathered.
+        if on("NSA_USE_SEL_VARLEN"):
+            chosen["sel"] = "fa2"
+        elif "NSA_USE_SEL_VARLEN" in environ or on("NSA_SEL_VARLEN_V2"):
+            chosen["sel"] = "gather"
+        return cls(**chosen)
+
+    def __str__(self) -> str:
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.sel == "off":
+            del named["score"]
+        return ",".join(f"{branch}={name}" for branch, name in named.items() if name != "auto") or "auto"
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Routing:
+    if "=" not in text:
+        if text == "auto":
+            return Routing()
+        if text not in backends():
+            raise ValueError(
+                f"unknown route {text!r}; allowed: auto, env, {', '.join(backends())}, branch=backend,..."
+            )
+        return Routing(**{branch: text for branch in BRANCHES if text in backends(branch)})
+    chosen: dict[str, str] = {}
+    for part in text.split(","):
+        branch, _, name = (piece.strip() for piece in part.partition("="))
+        if branch not in BRANCHES:
+            raise ValueError(f"unknown branch {branch!r} in route {text!r}; allowed: {', '.join(BRANCHES)}")
+        if branch in chosen:
+            raise ValueError(f"branch {branch} is given twice in route {text!r}")
+        chosen[branch] = name
+    return Routing(**chosen)
+
+
+@dataclass(frozen=True)
+class Route:
+    """A settled routing: the function of each branch, None where it is off, and the rows they come from."""
+
+    rows: dict[str, Row | None]
+    cmp: Callable[..., Any] | None
+    score: Callable[..., Any] | None
+    sel: Callable[..., Any] | None
+    win: Callable[..., Any] | None
+
+    def backend(self, branch: str) -> str:
+        """Name of the backend that computes ``branch``, or ``off``."""
+        row = self.rows[branch]
+        return "off" if row is None else row.backend
+
+    def provider(self, branch: str) -> str | None:
+        """The library that computes ``branch`` and its version; None where it is torch's own, nsa's own or off."""
+        row = self.rows[branch]
+        return None if row is None else row.provider()
+
+
+def resolve(routing: str | Routing, request: Request) -> Route:
+    """Settle ``routing`` for ``request`` before anything runs.
+
+    Raises:
+        UnsupportedRoute: a named backend refuses, or ``auto`` finds no row; the message holds every reason.
+    """
+    if isinstance(routing, str):
+        routing = Routing.parse(routing)
+    rows = {branch: _choose(branch, getattr(routing, branch), request) for branch in BRANCHES}
+    return Route(rows, **{branch: None if row is None else row.load() for branch, row in rows.items()})
+
+
+def _choose(branch: str, name: str, request: Request) -> Row | None:
+    if name == "off":
+        return None
+    reasons = []
+    for row in TABLE:
+        if row.branch != branch or name not in ("auto", row.backend):
+            continue
+        reason = refusal(row, request) or (row.avoid(request) if name == "auto" else None)
+        if reason is None:
+            return row
+        reasons.append(f"{branch}={row.backend}: {reason}")
+    raise UnsupportedRoute("; ".join(reasons))
+
+
+def refusal(row: Row, request: Request) -> str | None:
+    """Why ``row`` cannot run ``request``, or None."""
+    if request.needs_grad and "bwd" not in row.passes and row.branch != "score":
+        return "computes no gradient"
+    return row.refuse(request)

@@ -1,0 +1,46 @@
+"""Assembles the commands; no logic of its own."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nsabench import __version__
+from nsabench.commands.decode import decode
+from nsabench.commands.doctor import doctor
+from nsabench.commands.plot import plot
+from nsabench.commands.prefill import prefill
+from nsabench.commands.resume import resume
+from nsabench.commands.routes import routes
+
+app = typer.Typer(
+    name="nsabench",
+    help="Measure Native Sparse Attention: how fast, on which backend, against what, and whether the result was right.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nsabench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
+for command in (decode, prefill, resume, plot, routes, doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """The `nsabench` command."""
+    app()

@@ -1,0 +1,121 @@
+"""What a benchmark should know of a machine before it trusts it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from nsabench.measure import open_sampler
+from nsabench.store import capture_environment
+
+BUSY_PCT = 20.0
+PROBE_S = 0.5
+
+
+def diagnose() -> dict[str, Any]:
+    """``machine``: name -> value; ``findings``: ``level`` (ok, info, warn) and one line each, with what to do."""
+    environment = capture_environment()
+    cpu, about = environment["cpu"], environment["torch"] or {}
+    machine: dict[str, Any] = {
+        "nsabench": f"{environment['nsabench']}, commit {(environment['commit'] or 'unknown')[:12]}"
+        + (" with local changes" if environment["dirty"] else ""),
+        "python": environment["python"],
+        "platform": environment["platform"],
+        "cpu": f"{cpu['model']}, {cpu['affinity'] or cpu['threads']} usable threads, {cpu['memory_bytes'] / 2**30:.0f} GiB",
+        "torch": f"{about.get('version')}, {about.get('threads')} threads, CUDA {about.get('cuda') or 'not built in'}",
+        "packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
+        "gpus": "; ".join(
+            f"{g['name']} ({g['sm_count']} SMs, {g['memory_bytes'] / 2**30:.0f} GiB)"
+            for g in environment["gpus"]
+        ),
+        "switches": ", ".join(f"{name}={value}" for name, value in environment["env"].items()),
+    }
+    findings = [*_cpu_findings(about), *_gpu_findings(environment), *_library_findings(environment)]
+    return {"machine": machine, "findings": findings}
+
+
+def _finding(level: str, text: str) -> dict[str, str]:
+    return {"level": level, "text": text}
+
+
+def _cpu_findings(about: dict[str, Any]) -> list[dict[str, str]]:
+    found = []
+    busy = psutil.cpu_percent(interval=PROBE_S)
+    if busy > BUSY_PCT:
+        found.append(
+            _finding(
+                "warn",
+                f"the CPU is {busy:.0f} % busy with other work: intervals will be wide; wait or stop it",
+            )
+        )
+    else:
+        found.append(_finding("ok", f"the CPU is {busy:.0f} % busy"))
+    usable = (
+        len(psutil.Process().cpu_affinity())
+        if hasattr(psutil.Process, "cpu_affinity")
+        else psutil.cpu_count() or 1
+    )
+    threads = int(about.get("threads") or 1)
+    if threads > usable:
+        found.append(
+            _finding(
+                "warn", f"torch uses {threads} threads on {usable} usable cores: set OMP_NUM_THREADS={usable}"
+            )
+        )
+    free = psutil.virtual_memory().available
+    found.append(_finding("ok", f"{free / 2**30:.1f} GiB of memory are free"))
+    return found
+
+
+def _gpu_findings(environment: dict[str, Any]) -> list[dict[str, str]]:
+    if not environment["gpus"]:
+        return [_finding("info", "no GPU is visible to torch: measuring on the CPU")]
+    found = []
+    for index, gpu in enumerate(environment["gpus"]):
+        with open_sampler(f"cuda:{index}") as sampler:
+            reading = sampler.edge()
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(
+            _finding(
+                "ok", f"cuda:{index} {gpu['name']}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB are free"
+            )
+        )
+        if sampler.reason and sampler.reason != "closed":
+            found.append(
+                _finding(
+                    "warn", f"cuda:{index}: no NVML readings ({sampler.reason}); power and clocks stay empty"
+                )
+            )
+            continue
+        shown = {
+            name: value
+            for name, value in reading.items()
+            if name not in ("t_s", "gpu_uuid") and value is not None
+        }
+        found.append(
+            _finding(
+                "info", f"cuda:{index}: " + ", ".join(f"{name} {value}" for name, value in shown.items())
+            )
+        )
+        if (reading.get("util_pct") or 0) > BUSY_PCT:
+            found.append(
+                _finding("warn", f"cuda:{index} is {reading['util_pct']:.0f} % busy with other work")
+            )
+    return found
+
+
+def _library_findings(environment: dict[str, Any]) -> list[dict[str, str]]:
+    if environment["packages"].get("flash_attn"):
+        return [
+            _finding(
+                "ok", f"flash_attn {environment['packages']['flash_attn']} is installed: fa2 routes use it"
+            )
+        ]
+    if not environment["gpus"]:
+        return [_finding("info", "flash_attn is not installed; without a GPU nothing would use it")]
+    return [
+        _finding("info", "flash_attn is not installed: fa2 routes use the FlashAttention-2 kernels inside torch; "
+                 "for the package: pip install 'nsabench[flash-attn]'")
+    ]  # fmt: skip

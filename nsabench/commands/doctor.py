@@ -1,0 +1,37 @@
+"""`nsabench doctor`: the machine as a benchmark sees it."""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from nsabench.commands._console import console, one_line_errors
+
+Json = Annotated[bool, typer.Option("--json", help="The same as one JSON object on stdout.")]
+
+
+def doctor(json: Json = False) -> None:
+    """Show this machine, its libraries and what stands in the way of good numbers, with what to do about it."""
+    with one_line_errors():
+        from nsabench.commands._diagnosis import diagnose
+
+        found = diagnose()
+        if json:
+            typer.echo(json_module.dumps(found, indent=1))
+            return
+        talk = console()
+        table = Table(title="this machine", title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")
+        for name, value in found["machine"].items():
+            table.add_row(name, _text(value))
+        talk.print(table)
+        for finding in found["findings"]:
+            talk.print(f"{finding['level']:>4}  {finding['text']}", markup=False, soft_wrap=True)
+
+
+def _text(value: Any) -> str:
+    return "-" if value in (None, "", []) else str(value)

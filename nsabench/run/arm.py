@@ -1,0 +1,261 @@
+"""One arm of a group: a route on the group's workload, from the gate to its row."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nsa import Routing, UnsupportedRoute, stage_hook
+from nsa.routes import BRANCHES, Request, Route, resolve
+from nsabench.measure import (
+    Shares,
+    StageRecorder,
+    Timer,
+    backward_shares,
+    choose_iters,
+    make_timer,
+    peak_memory,
+)
+from nsabench.plan import Cell
+from nsabench.run.check import Verdict, check_arm
+from nsabench.run.policy import Policy
+from nsabench.run.work import count_work
+from nsabench.run.workload import DTYPES, Variant, Workload
+from nsabench.stats import median_interval
+from nsabench.store.schema import STAGES
+
+ALONE_SAMPLES = 5
+# Steps of a sample at most; a flush of the cache before each costs far more than a short step.
+COLD_ITERS, WARM_ITERS = 5, 10_000
+# An instrumented step this much slower or faster than the timed one says nothing about it.
+SHARES_WITHIN = 2.0
+
+
+class Refused(Exception):
+    """An arm that is not measured: its status and reason."""
+
+    def __init__(self, status: str, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Arm:
+    """A route of a group. ``prepare`` gates and warms up, ``sample`` is called once a round, ``row`` closes the account."""
+
+    def __init__(self, cell: Cell, workload: Workload, policy: Policy, clock: Callable[[], float]) -> None:
+        self.cell, self.workload, self.policy, self.clock = cell, workload, policy, clock
+        self.fields: dict[str, Any] = {**cell.to_dict(), "status": "ok", "reason": ""}
+        self.samples: list[dict[str, Any]] = []
+        self._timers: list[tuple[Variant, Timer, int]] = []
+        self._first: dict[str, torch.Tensor] = {}
+
+    def prepare(self) -> None:
+        """Settle the route, check the result against the specification, warm up. Raises :class:`Refused`."""
+        route = self._settle()
+        self._describe_work(route)
+        self._record(self._gate(route))
+        for variant in self.workload.variants(self.cell.route):
+            timer = self._timer(variant)
+            self._first[variant.name] = _kept(timer.output)
+            once = timer.sample(1)
+            limit = COLD_ITERS if self.policy.cache == "cold" else WARM_ITERS
+            iters = choose_iters(max(once, 1e-4), self.policy.sample_ms, limit=limit)
+            self._timers.append((variant, timer, iters))
+        self.fields |= {"timer": self._timers[0][1].name, "regime": "latency", "cache": self.policy.cache}
+
+    def _settle(self) -> Route:
+        cell = self.cell
+        routing = Routing.parse(cell.route)
+        request = Request(
+            device=self.workload.device.type,
+            dtype=DTYPES[cell.dtype],
+            num_queries=1 if cell.phase == "decode" or cell.mode == "stepwise" else cell.S,
+            kv_len=cell.S,
+            needs_grad=cell.passes != "fwd",
+            config=self.workload.config,
+        )
+        try:
+            route = resolve(routing, request)
+        except UnsupportedRoute as error:
+            raise Refused("unsupported", str(error)) from None
+        names = {f"{branch}_backend": route.backend(branch) for branch in BRANCHES}
+        libraries = sorted({library for branch in BRANCHES if (library := route.provider(branch))})
+        self.fields |= {**names, "route_proof": "resolved", "provider": ", ".join(libraries)}
+        return route
+
+    def _describe_work(self, route: Route) -> None:
+        active = tuple(b for b in ("cmp", "sel", "win") if route.rows[b] is not None)
+        work = count_work(self.cell, active, self.workload.parameters)
+        cached = self.workload.cache_bytes()
+        self.fields |= {
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "reads_tokens": work.reads_tokens,
+            "reads_tokens_dense": work.reads_tokens_dense,
+            "kv_cache_bytes": sum(cached.values()) if cached else None,
+            **{f"kv_cache_{branch}_bytes": size for branch, size in cached.items()},
+        }
+
+    def _gate(self, route: Route) -> Verdict:
+        inputs = self.workload.attention_inputs()
+        gradients = self.cell.passes != "fwd"
+        return check_arm(inputs, route, self.cell.route, self.workload.config, gradients=gradients)
+
+    def _record(self, verdict: Verdict) -> None:
+        error = verdict.error
+        finite = math.isfinite(error.max_abs_err)
+        self.fields |= {
+            "max_abs_err": error.max_abs_err if finite else None,
+            "rel_err": error.rel_err if finite else None,
+            "err_budget": error.budget,
+            "selection_overlap": verdict.overlap,
+        }
+        if verdict.reason:
+            raise Refused("nan" if verdict.has_nan else "wrong", verdict.reason)
+
+    def _timer(self, variant: Variant) -> Timer:
+        timer = make_timer(self.policy.timer_for(self.cell), self.workload.device, self.policy.cache)
+        timer.prepare(variant.step)
+        return timer
+
+    def sample(self, round_number: int, position: int, started: float) -> None:
+        """One sample of each variant."""
+        for variant, timer, iters in self._timers:
+            at = self.clock() - started
+            self.samples.append(
+                {
+                    "process": 0,
+                    "round": round_number,
+                    "position": position,
+                    "variant": variant.name,
+                    "iters": iters,
+                    "ms": timer.sample(iters),
+                    "t_s": at,
+                }
+            )
+
+    def finish(self) -> None:
+        """After the rounds: the result once more, then time, shares, branches alone and memory. Raises Refused."""
+        self._check_again()
+        self._time()
+        if self.policy.shares:
+            self._shares()
+        if self.policy.alone and self.cell.passes == "fwd":
+            self._alone()
+        step = self._timers[0][0].step
+        peak = peak_memory(step, self.workload.device)
+        self.fields |= {"peak_alloc_bytes": peak.alloc_bytes, "peak_reserved_bytes": peak.reserved_bytes}
+
+    def _check_again(self) -> None:
+        """The last timed output against the first one: timing must not have changed the result."""
+        for variant, timer, _ in self._timers:
+            first, last = self._first[variant.name], _kept(timer.output)
+            if not bool(torch.isfinite(last).all()):
+                raise Refused("nan", f"the last timed output{_of(variant)} is not finite")
+            moved = float((last - first).abs().max()) if last.numel() else 0.0
+            allowed = self.fields["err_budget"] + 16 * torch.finfo(last.dtype).eps * float(first.abs().max())
+            if moved > allowed:
+                raise Refused(
+                    "wrong",
+                    f"the output{_of(variant)} moved by {moved:.3g} while timed; allowed {allowed:.3g}",
+                )
+
+    def _time(self) -> None:
+        variants = {v.name: v.weight for v, _, _ in self._timers}
+        by_round: dict[int, float] = {}
+        for sample in self.samples:
+            part = variants[sample["variant"]] * sample["ms"]
+            by_round[sample["round"]] = by_round.get(sample["round"], 0.0) + part
+        rounds = list(by_round.values())
+        interval = median_interval(rounds)
+        total = interval.point
+        self.fields |= {
+            "ms_total": total,
+            "ms_lo": interval.lo,
+            "ms_hi": interval.hi,
+            "ms_min": min(rounds),
+            "ms_p95": sorted(rounds)[math.ceil(0.95 * len(rounds)) - 1],
+            "n_samples": len(self.samples),
+            "n_rounds": len(rounds),
+        }
+        for name in ("emit", "plain"):
+            mine = [s["ms"] for s in self.samples if s["variant"] == name]
+            self.fields[f"ms_{name}"] = median_interval(mine).point if mine else None
+        tokens = self.cell.B * (1 if self.cell.phase == "decode" else self.cell.S)
+        seconds = total * 1e-3
+        self.fields |= {
+            "tflops": self.fields["flops"] / seconds * 1e-12,
+            "gbps": self.fields["bytes"] / seconds * 1e-9,
+            "tokens_per_s": tokens / seconds,
+        }
+
+    def _shares(self) -> None:
+        parts = [(variant.weight, self._shares_of(variant)) for variant, _, _ in self._timers]
+        shares = parts[0][1].scaled(parts[0][0] * parts[0][1].total_ms)
+        for weight, other in parts[1:]:
+            shares = shares.plus(other.scaled(weight * other.total_ms))
+        total = self.fields["ms_total"]
+        pct = shares.pct
+        if pct is None:
+            self.fields["shares_note"] = shares.note
+        elif (
+            self.cell.passes == "fwd"
+            and not total / SHARES_WITHIN <= shares.total_ms <= total * SHARES_WITHIN
+        ):
+            self.fields["shares_note"] = (
+                f"the instrumented step took {shares.total_ms:.3g} ms, the timed one {total:.3g} ms"
+            )
+        else:
+            for stage in STAGES:
+                part = pct.get(stage, 0.0)
+                self.fields |= {f"share_{stage}_pct": part, f"ms_{stage}": part / 100 * total}
+
+    def _shares_of(self, variant: Variant) -> Shares:
+        device = self.workload.device
+        if self.cell.passes == "fwd":
+            return StageRecorder(device, cache=self.policy.cache).run(
+                variant.step, stage_hook, n=self.policy.share_runs
+            )
+        back = backward_shares(self.workload.training_step(self.cell.route), stage_hook, device)
+        if self.cell.passes == "bwd":
+            return back
+        forward = self.workload.graph_step(self.cell.route)
+        return StageRecorder(device, cache=self.policy.cache).run(forward, stage_hook).plus(back)
+
+    def _alone(self) -> None:
+        """The step with only one branch's work: skipped, not gated away. Another metric than the shares."""
+        routing = Routing.parse(self.cell.route)
+        for branch in ("cmp", "sel", "win"):
+            if getattr(routing, branch) == "off":
+                continue
+            only = ",".join(
+                f"{b}={getattr(routing, b) if b == branch else 'off'}" for b in ("cmp", "sel", "win")
+            )
+            if branch == "sel":
+                only += f",score={routing.score}"
+            total = 0.0
+            for variant, (_, _, iters) in zip(self.workload.variants(only), self._timers, strict=True):
+                timer = self._timer(variant)
+                total += (
+                    variant.weight
+                    * median_interval([timer.sample(iters) for _ in range(ALONE_SAMPLES)]).point
+                )
+            self.fields[f"ms_alone_{branch}"] = total
+
+
+def _of(variant: Variant) -> str:
+    return f" of the {variant.name} step" if variant.name else ""
+
+
+def _kept(output: object) -> torch.Tensor:
+    assert isinstance(output, torch.Tensor)
+    return output.detach().clone()
+
+
+def now() -> float:
+    """Seconds of the clock that stamps samples and telemetry."""
+    return time.perf_counter()

@@ -1,0 +1,66 @@
+"""How a sweep is measured: what a run stores under ``policy`` and a resumed run takes up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from nsabench.plan import Cell, PlanError
+
+TIMERS = ("auto", "cpu", "event", "graph")
+CACHES = ("cold", "warm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Rounds and what surrounds them.
+
+    ``rounds``: visits to every arm (an interval needs 6). ``sample_ms``: steps are repeated to fill this many ms a sample.
+    ``timer``: ``auto`` is cpu on a CPU, graph for decode and event for prefill on a GPU. ``cache``: state of the last-level
+    cache before a step. ``shares``, ``alone``: whether stages, and branches by themselves, are measured.
+    """
+
+    rounds: int = 15
+    sample_ms: float = 20.0
+    timer: str = "auto"
+    cache: str = "warm"
+    shares: bool = True
+    alone: bool = True
+    share_runs: int = 20
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("timer", TIMERS), ("cache", CACHES)):
+            if getattr(self, name) not in allowed:
+                raise PlanError(
+                    f"--{name}: {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
+                )
+        if type(self.rounds) is not int or not 1 <= self.rounds <= 10_000:
+            raise PlanError(
+                f"--rounds: {self.rounds!r} is not allowed; allowed: 1 to 10000, 6 or more for an interval"
+            )
+
+    def timer_for(self, cell: Cell) -> str:
+        """The timer's name for a cell; PlanError where the device cannot have it."""
+        on_cpu = cell.device == "cpu"
+        if self.timer == "auto":
+            if on_cpu:
+                return "cpu"
+            return "graph" if cell.phase == "decode" else "event"
+        if on_cpu != (self.timer == "cpu"):
+            allowed = "auto, cpu" if on_cpu else "auto, event, graph"
+            raise PlanError(f"--timer: {self.timer!r} does not time {cell.device}; allowed there: {allowed}")
+        return self.timer
+
+    def to_dict(self) -> dict[str, Any]:
+        """For run.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Policy:
+        """The policy of a stored run; PlanError for settings this version does not know."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(stored) - known)
+        if unknown:
+            raise PlanError(f"policy: unknown {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**stored)

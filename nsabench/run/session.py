@@ -1,0 +1,150 @@
+"""A plan, carried out: group after group, each arm gated and timed in interleaved rounds, each row durable at once."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import psutil
+import torch
+
+from nsabench.measure import MeasureError, NvmlSampler, open_sampler
+from nsabench.plan import Cell, groups
+from nsabench.run.arm import Arm, Refused, now
+from nsabench.run.policy import Policy
+from nsabench.run.workload import Workload, least_bytes
+from nsabench.store import DiskError, RunDir
+from nsabench.store.schema import without_performance
+
+
+Fields = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Who watches a sweep: a live table, plain lines, a test."""
+
+    def begin(self, group: list[Cell], activity: str) -> None: ...
+
+    def activity(self, text: str) -> None: ...
+
+    def row(self, row: dict[str, Any]) -> None: ...
+
+
+def run_plan(
+    cells: list[Cell], policy: Policy, run: RunDir, observer: Observer, started: float | None = None
+) -> None:
+    """Measure every cell that ``run`` has not finished. A failed cell is a row with a status; the sweep goes on.
+
+    Raises:
+        DiskError: the disk refuses; what was finished is safe.
+    """
+    started = now() if started is None else started
+    for group in groups(cells):
+        todo = [cell for cell in group if cell.cell_id not in run.finished]
+        if todo:
+            observer.begin(todo, "building")
+            _run_group(todo, policy, run, observer, started)
+            gc.collect()
+
+
+def _run_group(group: list[Cell], policy: Policy, run: RunDir, observer: Observer, started: float) -> None:
+    def store(fields: Fields, samples: Sequence[Fields], telemetry: Sequence[Fields] = ()) -> None:
+        row = fields if fields["status"] == "ok" else without_performance(fields)
+        run.append(row, samples, telemetry)
+        observer.row(run.finished[row["cell_id"]])
+
+    shell = [{**cell.to_dict(), "cell_id": cell.cell_id, "status": "ok", "reason": ""} for cell in group]
+    try:
+        with _failures(shell[0]):
+            _refuse_hopeless(group[0])
+            workload = Workload(group[0])
+    except _Failed:
+        for fields in shell:
+            store({**fields, "status": shell[0]["status"], "reason": shell[0]["reason"]}, [])
+        return
+
+    arms = [Arm(cell, workload, policy, now) for cell in group]
+    for arm, fields in zip(arms, shell, strict=True):
+        arm.fields |= {"cell_id": fields["cell_id"]}
+    for arm in arms:
+        observer.activity(f"checking {arm.cell.route} against the specification")
+        _guard(arm, arm.prepare)
+    with open_sampler(group[0].device, clock=lambda: now() - started) as sampler:
+        began = now() - started
+        _rounds(arms, policy, observer, sampler, started, group[0].seed)
+        telemetry, ended = sampler.readings, now() - started
+    for arm in arms:
+        if arm.fields["status"] == "ok":
+            observer.activity(f"stages, branches and memory of {arm.cell.route}")
+            _guard(arm, arm.finish)
+        if arm.fields["status"] == "ok":
+            arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
+        store(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
+
+
+def _rounds(
+    arms: list[Arm], policy: Policy, observer: Observer, sampler: NvmlSampler, started: float, seed: int
+) -> None:
+    """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
+    shuffle = random.Random(seed)
+    for number in range(policy.rounds):
+        living = [arm for arm in arms if arm.fields["status"] == "ok"]
+        shuffle.shuffle(living)
+        observer.activity(f"round {number + 1} of {policy.rounds}")
+        sampler.edge()
+        for position, arm in enumerate(living):
+            _guard(arm, lambda arm=arm, p=position: arm.sample(number, p, started))  # type: ignore[misc]
+    sampler.edge()
+
+
+class _Failed(Exception):
+    """A failure that has become a status and a reason."""
+
+
+def _guard(arm: Arm, act: Callable[[], None]) -> None:
+    if arm.fields["status"] != "ok":
+        return
+    try:
+        with _failures(arm.fields):
+            act()
+    except _Failed:
+        pass
+
+
+@contextmanager
+def _failures(fields: dict[str, Any]) -> Iterator[None]:
+    """Turn whatever stops a cell into its status and reason. The disk's refusal and Ctrl-C are not the cell's."""
+    try:
+        yield
+        return
+    except Refused as error:
+        fields |= {"status": error.status, "reason": str(error)}
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fields |= {"status": "oom", "reason": _line(error)}
+    except MeasureError as error:
+        fields |= {"status": "invalid", "reason": str(error)}
+    except DiskError:
+        raise
+    except Exception as error:
+        out_of_memory = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        fields |= {"status": "oom" if out_of_memory else "error", "reason": _line(error)}
+    raise _Failed
+
+
+def _line(error: BaseException) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text}"
+
+
+def _refuse_hopeless(cell: Cell) -> None:
+    """Refuse a cell whose tensors cannot fit before a build drives the machine into swap or the OOM killer."""
+    if cell.device == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        free = torch.cuda.mem_get_info(torch.device(cell.device))[0]
+    needed = least_bytes(cell)
+    if needed > free:
+        raise Refused("oom", f"needs at least {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")

@@ -1,0 +1,103 @@
+"""Intervals that assume no distribution: a median by order statistics, a ratio of pairs by signed ranks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+MIN_VALUES = 6
+"""Fewest values (or pairs) with an interval: with 5, not even the whole range reaches 95 % confidence."""
+
+_EXACT = 200
+"""Most pairs for which the signed-rank distribution is computed exactly; beyond, the normal one serves."""
+
+Values = Sequence[float] | npt.NDArray[np.floating]
+
+
+class StatsError(ValueError):
+    """Values no statistic can be made of."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A point with its confidence interval from `n` values or pairs; no bounds where there are too few."""
+
+    point: float
+    lo: float | None
+    hi: float | None
+    n: int
+
+
+def median_interval(values: Values, confidence: float = 0.95) -> Interval:
+    """Median of positive `values`, any unit, with the order-statistic interval.
+
+    It covers the true median with at least `confidence` whatever the distribution. Bounds are None below 6
+    values, and where even the whole range is too narrow. StatsError for no values, or one that is not finite
+    and positive.
+    """
+    ordered = np.sort(_positive(values, "values"))
+    n = len(ordered)
+    # The k-th smallest lies above the median when fewer than k values lie below it: binomial with p = 1/2.
+    below = special.bdtr(np.arange(n), n, 0.5)
+    lo, hi = _bounds(ordered, n, below, confidence)
+    return Interval(float(np.median(ordered)), lo, hi, n)
+
+
+def paired_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
+    """Ratio a/b over pairs: `a[i]` and `b[i]` are positive, in one unit, from the same round.
+
+    The point is the Hodges-Lehmann estimate of the log-ratios (median of all pairwise means), the interval
+    that of the Wilcoxon signed-rank test, both turned back into a ratio. Bounds are None below 6 pairs, and
+    where even the whole range is too narrow. StatsError for no pairs, unequal lengths, or a value that is not
+    finite and positive.
+    """
+    first, second = _positive(a, "a"), _positive(b, "b")
+    if len(first) != len(second):
+        raise StatsError(f"a has {len(first)} values and b has {len(second)}; pairs need as many of each")
+    logs = np.log(first) - np.log(second)
+    n = len(logs)
+    rows, columns = np.triu_indices(n)
+    means = np.sort((logs[rows] + logs[columns]) / 2)
+    lo, hi = _bounds(means, n, _signed_rank_cdf(n), confidence)
+    lo, hi = (None if bound is None else math.exp(bound) for bound in (lo, hi))
+    return Interval(math.exp(np.median(means)), lo, hi, n)
+
+
+def _bounds(
+    ordered: npt.NDArray[np.float64], n: int, below: npt.NDArray[np.float64], confidence: float
+) -> tuple[float | None, float | None]:
+    """The k-th value from either end of `ordered`, for the largest k with `below[k - 1]` in one tail."""
+    if not 0 < confidence < 1:
+        raise StatsError(f"confidence is {confidence}; it must lie between 0 and 1")
+    k = int(np.searchsorted(below, (1 - confidence) / 2, side="right"))
+    k = min(k, (len(ordered) + 1) // 2)
+    if n < MIN_VALUES or k == 0:
+        return None, None
+    return float(ordered[k - 1]), float(ordered[-k])
+
+
+def _signed_rank_cdf(n: int) -> npt.NDArray[np.float64]:
+    """P(T <= t) for t = 0 .. n(n+1)/2, T the signed-rank sum of n values that are symmetric about 0."""
+    total = n * (n + 1) // 2
+    if n > _EXACT:
+        spread = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+        return np.asarray(special.ndtr((np.arange(total + 1) + 0.5 - total / 2) / spread))
+    chance = np.zeros(total + 1)
+    chance[0] = 1.0
+    for rank in range(1, n + 1):
+        chance[rank:] = chance[rank:] + chance[:-rank]
+        chance /= 2
+    return np.cumsum(chance)
+
+
+def _positive(values: Values, name: str) -> npt.NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or not array.size:
+        raise StatsError(f"{name} must be a list of at least one number, not of shape {array.shape}")
+    bad = array[~(np.isfinite(array) & (array > 0))]
+    if bad.size:
+        raise StatsError(f"{name} holds {float(bad[0])}; every value must be finite and positive")
+    return array

@@ -1,0 +1,92 @@
+"""run.json and journal.jsonl: what a run folder says of itself. Reading only; nothing here changes the disk.
+
+The journal is the truth. It has one line per finished cell, written after the CSV rows of the cell are safe:
+`{"event": "cell", "cell_id": ..., "row": {...}, "sizes": {file: bytes}}`. `sizes` says how long each CSV file
+is when the cell is finished; what lies beyond belongs to a cell that never was.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsabench.store.files import StoreError, disk_error, header
+from nsabench.store.schema import CELL_COLUMNS, SCHEMA_VERSION, TABLES, SchemaError, clean_row, is_missing
+
+RUN_FILE = "run.json"
+JOURNAL_FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The finished cells, and the sizes in bytes of the CSV files and of the journal at that point."""
+
+    rows: dict[str, dict[str, Any]]
+    sizes: dict[str, int]
+    length: int
+
+
+def journal_line(row: Mapping[str, Any], sizes: Mapping[str, int]) -> bytes:
+    """The line that finishes a cell; missing values are left out."""
+    known = {name: value for name, value in row.items() if not is_missing(value)}
+    record = {"event": "cell", "cell_id": row["cell_id"], "row": known, "sizes": dict(sizes)}
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """run.json of the run at `path`; StoreError where there is none or its schema is not this one's."""
+    try:
+        info = json.loads((path / RUN_FILE).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path} is not a run: it has no {RUN_FILE}") from None
+    except OSError as error:
+        raise disk_error(f"read {path / RUN_FILE}", error) from error
+    except ValueError:
+        raise StoreError(f"{path} is damaged: {RUN_FILE} is not JSON") from None
+    version = info.get("schema_version") if isinstance(info, dict) else None
+    if type(version) is not int or not isinstance(info.get("run_id"), str):
+        raise StoreError(f"{path} is not a run: {RUN_FILE} is not nsabench's")
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} has schema {version}; this nsabench reads {SCHEMA_VERSION}: upgrade nsabench"
+        )
+    if version < SCHEMA_VERSION:
+        raise StoreError(f"{path} has schema {version}; this nsabench reads {SCHEMA_VERSION} only")
+    return dict(info)
+
+
+def read_journal(path: Path) -> Journal:
+    """The journal of the run at `path`. A last line cut short counts as never written.
+
+    FileNotFoundError where there is no journal; StoreError for a damaged one.
+    """
+    try:
+        lines = (path / JOURNAL_FILE).read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise disk_error(f"read {path / JOURNAL_FILE}", error) from error
+    rows: dict[str, dict[str, Any]] = {}
+    sizes = {file: len(header(columns)) for file, columns in TABLES.items()}
+    length = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                raise ValueError("no end of line")
+            record = json.loads(line)
+            cell_id = record["cell_id"]
+            row = clean_row(record["row"], CELL_COLUMNS)
+            sizes_then = {file: int(record["sizes"][file]) for file in TABLES}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if number == len(lines) and not isinstance(error, SchemaError):
+                break
+            raise StoreError(f"{path} is damaged: line {number} of {JOURNAL_FILE}: {error}") from None
+        if cell_id in rows or row["cell_id"] != cell_id:
+            raise StoreError(
+                f"{path} is damaged: line {number} of {JOURNAL_FILE} repeats or mixes up cell {cell_id}"
+            )
+        rows[cell_id] = row
+        sizes = sizes_then
+        length += len(line)
+    return Journal(rows, sizes, length)
