@@ -22,7 +22,9 @@ def num_compressed_blocks(length: int, config: NSAConfig) -> int:
 
 
 def visible_compressed_blocks(position: torch.Tensor, config: NSAConfig) -> torch.Tensor:
-    """Compressed blocks a query at ``position`` sees: those with ``i d + l - 1 <= position``. Same shape, int64."""
+    """Compressed blocks a query at ``position`` sees: those with ``i d + l - 1 <= position``. Same shape,
+    int64.
+    """
     past = position - (config.compression_block_size - 1)
     return (torch.div(past, config.compression_stride, rounding_mode="floor") + 1).clamp_min(0)
 
@@ -62,9 +64,9 @@ def overlap_weights(config: NSAConfig) -> tuple[int, tuple[int, ...]]:
 def tokens_read(length: int, config: NSAConfig) -> dict[str, int]:
     """Key tokens one decode step at ``length`` tokens reads per KV head and branch, exactly.
 
-    The query is the last token, ``length - 1``. ``cmp`` counts complete compressed blocks, ``sel`` the tokens of
-    the selected blocks up to the query, ``win`` the window. Their sum is the paper's table 4 without its rounding
-    (8192 tokens: 511 + 1024 + 512 = 2047).
+    The query is the last token, ``length - 1``. ``cmp`` counts complete compressed blocks, ``sel`` the tokens
+    of the selected blocks up to the query, ``win`` the window. Their sum is the paper's table 4 without its
+    rounding (8192 tokens: 511 + 1024 + 512 = 2047).
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -76,7 +78,8 @@ def tokens_read(length: int, config: NSAConfig) -> dict[str, int]:
     elif config.num_local_blocks:
         selected = (config.num_selected_blocks - 1) * size + own
     else:
-        # The own block competes; counted as chosen, the most a step can read is one block more than its own tail.
+        # The own block competes; counted as chosen, the most a step can read is one block more than its own
+        # tail.
         selected = config.num_selected_blocks * size
     return {
         "cmp": num_compressed_blocks(length, config),

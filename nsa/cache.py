@@ -14,7 +14,9 @@ KV = tuple[torch.Tensor, torch.Tensor]
 
 
 class BranchViews(NamedTuple):
-    """Keys and values of every branch, ``(B, tokens, H, D or DV)``; ``win_start`` is the position of ``win[0][:, 0]``."""
+    """Keys and values of every branch, ``(B, tokens, H, D or DV)``; ``win_start`` is the position of
+    ``win[0][:, 0]``.
+    """
 
     cmp: KV
     sel: KV
@@ -29,7 +31,9 @@ class CacheState(NamedTuple):
 
 
 class _Rows:
-    """Rows of K and V ``(B, capacity, H, D or DV)``: written in place, or concatenated where gradients must flow."""
+    """Rows of K and V ``(B, capacity, H, D or DV)``: written in place, or concatenated where gradients
+    must flow.
+    """
 
     def __init__(self, like: list[torch.Tensor], capacity: int, keep_graph: bool) -> None:
         self.keep_graph = keep_graph
@@ -83,8 +87,9 @@ class _Trailing:
 class KVCache:
     """Preallocated keys and values of the three branches, updated in place.
 
-    Per branch and sequence it keeps: ``cmp`` every complete compressed block and the raw tokens of the blocks still open
-    (``2 l`` rows); ``sel`` every token; ``win`` the window (``2 w`` rows). Trailing rows move to the front when full.
+    Per branch and sequence it keeps: ``cmp`` every complete compressed block and the raw tokens of the blocks
+    still open (``2 l`` rows); ``sel`` every token; ``win`` the window (``2 w`` rows). Trailing rows move to
+    the front when full.
 
     Args:
         config: the layer's configuration.
@@ -92,7 +97,8 @@ class KVCache:
         max_seq_len: tokens it can hold; appending more is a ValueError and changes nothing.
         dtype, device: of the stored tensors.
         shared_kv: the window reads the selected branch's keys, for a layer built with ``shared_kv=True``.
-        keep_graph: let gradients flow through the cache (chunked or stepwise training). Rows are then concatenated at
+        keep_graph: let gradients flow through the cache (chunked or stepwise training). Rows are then
+        concatenated at
             each append instead of written in place.
     """
 
@@ -142,11 +148,15 @@ class KVCache:
 
         Args:
             raw, sel, win: keys ``(B,T,H,D)`` and values ``(B,T,H,DV)``; ``raw`` is what compression works on.
-            compress: maps raw tokens that begin at block ``i`` (second argument) to the complete blocks among them.
+            compress: maps raw tokens that begin at block ``i`` (second argument) to the complete blocks among
+            them.
         """
         batch, new = sel[0].shape[:2]
         if batch != self.batch_size:
             raise ValueError(f"this cache holds {self.batch_size} sequences, got a batch of {batch}")
+        stored = self._sel.data[0].dtype
+        if sel[0].dtype != stored:
+            raise ValueError(f"this cache stores {stored}, got {sel[0].dtype}")
         if self.length + new > self.max_seq_len:
             raise ValueError(
                 f"the cache is full: {self.length} + {new} tokens, max_seq_len is {self.max_seq_len}"
@@ -176,7 +186,8 @@ class KVCache:
         return CacheState(self.length)
 
     def rollback(self, state: CacheState) -> None:
-        """Forget every token appended since ``state`` was taken (speculative decoding; timing one step again).
+        """Forget every token appended since ``state`` was taken (speculative decoding; timing one step
+        again).
 
         One token can always be taken back; many only while the rows that ``state`` needs are still held.
 

@@ -1,8 +1,8 @@
 """phi: from the tokens of a block to one compressed key or value (eq. 7; rules 1 and 10 of the semantics).
 
-Every module maps ``x (B, T, H, D)``, whose first token starts a block, to ``(B, C, H, D)`` with the ``C`` blocks that are
-complete in ``T`` tokens. ``conv`` and ``mlp`` add a learned intra-block position and begin as the exact average, so the
-three agree before training.
+Every module maps ``x (B, T, H, D)``, whose first token starts a block, to ``(B, C, H, D)`` with the ``C``
+blocks that are complete in ``T`` tokens. ``conv`` and ``mlp`` add a learned intra-block position and begin as
+the exact average, so the three agree before training.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class ConvCompression(_BlockwiseCompression):
 
 
 class MLPCompression(_BlockwiseCompression):
-    """The average plus a two-layer MLP on the block's tokens, shared by the KV heads; its last layer begins at zero."""
+    """The average plus a two-layer MLP on the block's tokens, shared by the KV heads; its last layer
+    begins at zero.
+    """
 
     def __init__(self, config: NSAConfig, dim: int) -> None:
         super().__init__(config, dim)

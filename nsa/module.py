@@ -1,6 +1,11 @@
-"""The NSA layer: projections, rotary positions, compression, attention, gates, output (section 3 of the paper)."""
+"""The NSA layer: projections, rotary positions, compression, attention, gates, output (section 3 of the
+paper).
+"""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +24,13 @@ class NativeSparseAttention(nn.Module):
     Args:
         config: heads and block geometry.
         dim: width of the token stream.
-        rope: base of the rotary embedding (half-split pairs), or None for no positions. Needs an even ``head_dim``.
+        rope: base of the rotary embedding (half-split pairs), or None for no positions. Needs an even
+        ``head_dim``.
         gate: ``sigmoid`` (the paper) or ``softmax`` over the three branches.
         compress: ``mean``, ``conv`` or ``mlp``, for keys and for values.
         shared_kv: one K and V for the three branches instead of one each (section 3.3.3 argues for one each).
-        compress_rotated: compress rotated keys; by default compression sees un-rotated keys and the compressed key is
+        compress_rotated: compress rotated keys; by default compression sees un-rotated keys and the
+        compressed key is
             rotated at its block's first position.
         gate_hidden: width of the gate's hidden layer; ``max(16, dim // 8)`` when None.
     """
@@ -51,8 +58,9 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"rope rotates pairs and needs an even head_dim, got {config.head_dim}")
         self.config, self.dim, self.rope, self.gate = config, dim, rope, gate
         self.shared_kv, self.compress_rotated = shared_kv, compress_rotated
-        # One projection for everything that reads the token. What is rotated comes first, so that one rotation serves it:
-        # q | k_sel k_win | k_cmp | v_cmp v_sel v_win | gate; with shared_kv: q | k | v | gate.
+        # One projection for everything that reads the token. What is rotated comes first, so that one
+        # rotation serves it: q | k_sel k_win | k_cmp | v_cmp v_sel v_win | gate; with shared_kv: q | k | v |
+        # gate.
         heads, kv_heads = config.num_heads, config.num_kv_heads
         hidden = max(16, dim // 8) if gate_hidden is None else gate_hidden
         self._plain_keys = 1 if shared_kv or not compress_rotated else 0
@@ -80,11 +88,12 @@ class NativeSparseAttention(nn.Module):
     ) -> torch.Tensor:
         """``x (B,T,dim) -> y (B,T,dim)``.
 
-        With a cache, ``x`` continues the sequences it holds (the whole prompt, a chunk of it, or one token) and the
-        cache grows by T. Without one, ``x`` is the whole sequence.
+        With a cache, ``x`` continues the sequences it holds (the whole prompt, a chunk of it, or one token)
+        and the cache grows by T. Without one, ``x`` is the whole sequence.
 
         Args:
-            cu_seqlens: packed sequences, ``(num_sequences + 1,)`` integers from 0 to T; needs ``B = 1`` and no cache.
+            cu_seqlens: packed sequences, ``(num_sequences + 1,)`` integers from 0 to T; needs ``B = 1`` and
+            no cache.
                 The result is what each sequence gives on its own.
 
         Raises:
@@ -103,7 +112,7 @@ class NativeSparseAttention(nn.Module):
             y: torch.Tensor = self.out(o.flatten(2))
         return y
 
-    def attention_inputs(self, x: torch.Tensor, cache: KVCache | None = None) -> dict[str, object]:
+    def attention_inputs(self, x: torch.Tensor, cache: KVCache | None = None) -> dict[str, Any]:
         """Everything :func:`nsa.nsa_attention` needs for ``x``, by argument name; a cache grows by T."""
         if cache is not None:
             self._check_cache(x, cache)
@@ -161,32 +170,38 @@ class NativeSparseAttention(nn.Module):
         return (x * cos[span]).add_(x.roll(x.shape[-1] // 2, -1) * sin[span])
 
     def _rotation(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin tables ``(at least length, 1, D)``, computed in fp64 and kept in ``like``'s dtype."""
+        """cos and signed sin tables ``(at least length, 1, D)``, computed in fp64 and kept in ``like``'s
+        dtype.
+        """
         key = (like.device, like.dtype)
         table = self._rotations.get(key)
         if table is None or table[0].shape[0] < length:
-            half = self.config.head_dim // 2
-            rows = 1 << max(10, (length - 1).bit_length())
-            assert self.rope is not None
-            exponent = torch.arange(half, device=like.device, dtype=torch.float64) / half
-            position = torch.arange(rows, device=like.device, dtype=torch.float64)
-            angle = torch.outer(position, float(self.rope) ** -exponent)
-            cos, sin = angle.cos(), angle.sin()
-            full = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-            table = full[0].to(like.dtype).unsqueeze(1), full[1].to(like.dtype).unsqueeze(1)
+            # Kept beyond this call: a tensor made in inference mode could never be trained with.
+            with torch.inference_mode(False):
+                table = self._tables(1 << max(10, (length - 1).bit_length()), like)
             self._rotations[key] = table
         return table
+
+    def _tables(self, rows: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.rope is not None
+        half = self.config.head_dim // 2
+        exponent = torch.arange(half, device=like.device, dtype=torch.float64) / half
+        position = torch.arange(rows, device=like.device, dtype=torch.float64)
+        angle = torch.outer(position, float(self.rope) ** -exponent)
+        cos, sin = angle.cos(), angle.sin()
+        full = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        return full[0].to(like.dtype).unsqueeze(1), full[1].to(like.dtype).unsqueeze(1)
 
     def _packed(
         self, x: torch.Tensor, cache: KVCache | None, routing: str | Routing, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
         bounds = cu_seqlens.tolist()
-        ascending = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        ascending = all(a <= b for a, b in pairwise(bounds))
         if x.shape[0] != 1 or cache is not None:
             raise ValueError(f"cu_seqlens needs B = 1 and no cache, got B = {x.shape[0]}")
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or not ascending:
             raise ValueError(f"cu_seqlens must ascend from 0 to {x.shape[1]}, got {bounds}")
-        parts = [self(x[:, a:b], None, routing) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [self(x[:, a:b], None, routing) for a, b in pairwise(bounds)]
         return torch.cat(parts, 1)
 
     def _check_cache(self, x: torch.Tensor, cache: KVCache) -> None:

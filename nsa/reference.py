@@ -1,10 +1,11 @@
-"""The specification of every branch, in plain eager torch: any device, any dtype, autograd, no kernel's limits.
+"""The specification of every branch, in plain eager torch: any device, any dtype, autograd, no kernel's
+limits.
 
-Layouts are ``(B, T, H, D)``: queries ``q (B,T,HQ,D)``, keys and values ``(B,S,H,D)`` and ``(B,S,H,DV)``, compressed
-ones ``(B,C,H,...)``. ``q_start`` is the absolute position of ``q[:, 0]``: an int, or an integer tensor ``(B,)``.
-Products run in the inputs' dtype, softmax and block scores in fp32 at least. A row without an allowed key gives
-output 0 and lse -inf. Every ``lse`` is ``(B,T,HQ)``, fp32 (fp64 for fp64 inputs), natural logarithm, and carries
-no gradient.
+Layouts are ``(B, T, H, D)``: queries ``q (B,T,HQ,D)``, keys and values ``(B,S,H,D)`` and ``(B,S,H,DV)``,
+compressed ones ``(B,C,H,...)``. ``q_start`` is the absolute position of ``q[:, 0]``: an int, or an integer
+tensor ``(B,)``. Products run in the inputs' dtype, softmax and block scores in fp32 at least. A row without
+an allowed key gives output 0 and lse -inf. Every ``lse`` is ``(B,T,HQ)``, fp32 (fp64 for fp64 inputs),
+natural logarithm, and carries no gradient.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 def _probabilities(
     q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor, config: NSAConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax ``(B,H,G,T,S)`` over the allowed keys, and lse ``(B,H,G,T)``. ``allowed`` is ``(B|1,H|1,T,S)``."""
+    """Softmax ``(B,H,G,T,S)`` over the allowed keys, and lse ``(B,H,G,T)``. ``allowed`` is
+    ``(B|1,H|1,T,S)``.
+    """
     grouped = q.unflatten(2, (config.num_kv_heads, config.group_size))
     logits = torch.einsum("bthgd,bshd->bhgts", grouped, k).to(softmax_dtype(q.dtype)) * config.scale
     allowed = allowed.unsqueeze(2)
@@ -69,7 +72,8 @@ def compressed_attention(
 ) -> Output:
     """Attention over the compressed blocks that end at or before each query (eq. 7; rules 1 to 3).
 
-    ``q (B,T,HQ,D), k_cmp (B,C,H,D), v_cmp (B,C,H,DV) -> o (B,T,HQ,DV), lse (B,T,HQ)``. Queries at ``t < l - 1`` see
+    ``q (B,T,HQ,D), k_cmp (B,C,H,D), v_cmp (B,C,H,DV) -> o (B,T,HQ,DV), lse (B,T,HQ)``. Queries at ``t < l -
+    1`` see
     no block: output 0, lse -inf.
     """
     allowed = _compressed_allowed(k_cmp.shape[1], q.shape[1], config, q_start, q.device)
@@ -120,9 +124,9 @@ def select_blocks(
 ) -> torch.Tensor:
     """The ``n`` selection blocks of each (token, KV head) (eq. 11, 12; rule 6), without gradient.
 
-    ``q (B,T,HQ,D), k_cmp (B,C,H,D) -> (B,T,H,n)`` int32, ascending; -1 marks the empty slots at the tail of rows with
-    fewer than ``n`` existing blocks. Initial and local blocks are always chosen, the rest by score, ties to the lower
-    index. ``kv_len`` is the number of tokens that exist, ``max(q_start) + T`` when None.
+    ``q (B,T,HQ,D), k_cmp (B,C,H,D) -> (B,T,H,n)`` int32, ascending; -1 marks the empty slots at the tail of
+    rows with fewer than ``n`` existing blocks. Initial and local blocks are always chosen, the rest by score,
+    ties to the lower index. ``kv_len`` is the number of tokens that exist, ``max(q_start) + T`` when None.
     """
     scores = block_scores(q, k_cmp, config, q_start=q_start, kv_len=kv_len)
     block = torch.arange(scores.shape[-1], device=q.device)
@@ -148,8 +152,9 @@ def selected_attention(
 ) -> Output:
     """Attention over the tokens of the selected blocks, causal inside the own block (eq. 11, rule 7).
 
-    ``q (B,T,HQ,D), k (B,S,H,D), v (B,S,H,DV), block_indices (B,T,H,N) -> o (B,T,HQ,DV), lse (B,T,HQ)``. Indices may
-    come in any order, repeat (a repeated block counts once), or be -1 (empty); a row of -1 gives 0 and lse -inf.
+    ``q (B,T,HQ,D), k (B,S,H,D), v (B,S,H,DV), block_indices (B,T,H,N) -> o (B,T,HQ,DV), lse (B,T,HQ)``.
+    Indices may come in any order, repeat (a repeated block counts once), or be -1 (empty); a row of -1 gives
+    0 and lse -inf.
     """
     num_blocks = num_selection_blocks(k.shape[1], config)
     shape = (*block_indices.shape[:3], num_blocks + 1)

@@ -1,8 +1,9 @@
-"""The table branch x backend: what runs, or why it cannot. Code, parity tests, bench and README read this one table.
+"""The table branch x backend: what runs, or why it cannot. Code, parity tests, bench and README read this one
+table.
 
 Grammar of a routing: ``auto`` | ``BACKEND`` | ``cmp=fa2,sel=gather,win=sdpa``; a backend may name a variant
-(``gather:keys``), and a branch may be ``off`` (its work is skipped and it adds nothing). Branches left out are ``auto``;
-with a bare ``BACKEND``, so are the branches that backend has no row for.
+(``gather:keys``), and a branch may be ``off`` (its work is skipped and it adds nothing). Branches left out
+are ``auto``; with a bare ``BACKEND``, so are the branches that backend has no row for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -33,7 +34,9 @@ class UnsupportedRoute(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """The facts a row may refuse on, known before anything runs. ``device`` is a device type such as ``cuda``."""
+    """The facts a row may refuse on, known before anything runs. ``device`` is a device type such as
+    ``cuda``.
+    """
 
     device: str
     dtype: torch.dtype
@@ -47,9 +50,10 @@ class Request:
 class Row:
     """One way to compute one branch.
 
-    ``refuse`` returns why a request cannot run, or None. ``avoid`` returns why ``auto`` passes over the row although it
-    could run; a row named explicitly ignores it. ``passes`` are the passes the row computes. ``library`` is the function
-    that names what the row runs, where that is not torch itself.
+    ``refuse`` returns why a request cannot run, or None. ``avoid`` returns why ``auto`` passes over the row
+    although it could run; a row named explicitly ignores it. ``where`` says in words what ``refuse`` accepts.
+    ``passes`` are the passes the row computes. ``library`` is the function that names what the row runs,
+    where that is not torch itself.
     """
 
     branch: str
@@ -57,11 +61,14 @@ class Row:
     target: str
     refuse: Callable[[Request], str | None]
     avoid: Callable[[Request], str | None] = lambda request: None
+    where: str = "cpu, cuda"
     passes: tuple[str, ...] = ("fwd", "bwd")
     library: str | None = None
 
     def provider(self) -> str | None:
-        """The library that computes the row and its version, e.g. ``flash_attn 2.8.3``; None for torch and nsa."""
+        """The library that computes the row and its version, e.g. ``flash_attn 2.8.3``; None for torch and
+        nsa.
+        """
         return None if self.library is None else _load(self.library)()
 
     def load(self) -> Callable[..., Any]:
@@ -69,7 +76,7 @@ class Row:
         return _load(self.target)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(target: str) -> Callable[..., Any]:
     module, name = target.split(":")
     fn: Callable[..., Any] = getattr(import_module(module), name)
@@ -111,7 +118,8 @@ def _flash(request: Request) -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, got ROCm"
     if _load(_FLASH_LIBRARY)() is None:
-        return "neither flash_attn nor a torch with FlashAttention is installed: pip install 'nsabench[flash-attn]'"
+        install = "pip install 'nsabench[flash-attn]'"
+        return f"neither flash_attn nor a torch with FlashAttention is installed: {install}"
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, torch sees none"
     major, minor = torch.cuda.get_device_capability()
@@ -127,7 +135,9 @@ def _never_auto(request: Request) -> str | None:
 
 
 def _short_only(request: Request) -> str | None:
-    """Masked attention beats gathering only while nearly everything is selected anyway."""
+    """Masked attention beats gathering only while nearly everything is selected anyway, and only on a CPU."""
+    if request.device != "cpu":
+        return "reads on the host which rows select everything; gathering does not"
     reach = request.config.num_selected_blocks * request.config.selection_block_size
     if request.kv_len <= reach:
         return None
@@ -144,14 +154,20 @@ def _row(branch: str, backend: str, module: str, refuse: Callable[[Request], str
 
 def _fa2(branch: str, variant: str = "", **more: Any) -> Row:
     target = f"nsa.backends.flash:{FUNCTIONS[branch]}" + ("_varlen" if variant else "")
-    return Row(branch, f"fa2{variant}", target, _flash, library=_FLASH_LIBRARY, **more)
+    return Row(
+        branch, f"fa2{variant}", target, _flash, where="cuda: fp16, bf16", library=_FLASH_LIBRARY, **more
+    )
+
+
+def _passes(branch: str) -> tuple[str, ...]:
+    return ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
 
 
 TABLE: tuple[Row, ...] = (
     _fa2("cmp"),
     _fa2("cmp", ":varlen", avoid=_varlen_by_name),
     _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
-    _row("score", "chunked", "backends.chunked", _runs_anywhere),
+    _row("score", "chunked", "backends.chunked", _runs_anywhere, passes=("fwd",)),
     _row("sel", "sdpa", "backends.sdpa", _fused_sdpa, avoid=_short_only),
     _row("sel", "gather", "backends.gather", _runs_anywhere),
     Row(
@@ -167,12 +183,16 @@ TABLE: tuple[Row, ...] = (
         "nsa.backends.gather:selected_attention_by_queries",
         _on_cpu,
         _chosen_by_gather,
+        where="cpu",
     ),
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
     _fa2("win"),
     _fa2("win", ":varlen", avoid=_varlen_by_name),
     _row("win", "sdpa", "backends.sdpa", _fused_sdpa),
-    *(_row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto) for branch in BRANCHES),
+    *(
+        _row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto, passes=_passes(branch))
+        for branch in BRANCHES
+    ),
 )
 
 
@@ -181,9 +201,18 @@ def backends(branch: str | None = None) -> list[str]:
     return list(dict.fromkeys(row.backend for row in TABLE if branch in (None, row.branch)))
 
 
+def provider(backend: str) -> str | None:
+    """The library behind ``backend`` and its version, e.g. ``flash_attn 2.8.3``; None for torch itself and
+    nsa.
+    """
+    return next((row.provider() for row in TABLE if row.backend == backend), None)
+
+
 @dataclass(frozen=True)
 class Routing:
-    """A backend, ``auto`` or ``off`` per branch. ``score`` follows ``sel``: it is ``off`` exactly when ``sel`` is."""
+    """A backend, ``auto`` or ``off`` per branch. ``score`` follows ``sel``: it is ``off`` exactly when
+    ``sel`` is.
+    """
 
     cmp: str = "auto"
     score: str = "auto"
@@ -204,12 +233,16 @@ class Routing:
 
     @classmethod
     def parse(cls, text: str) -> Routing:
-        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names what is wrong."""
+        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names what is
+        wrong.
+        """
         return _parse(text.strip()) if text.strip() != "env" else cls.from_env(os.environ)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Routing:
-        """The routing an earlier NSA code would take from its ``NSA_*`` switches (1, true, yes, on are true)."""
+        """The routing an earlier NSA code would take from its ``NSA_*`` switches (1, true, yes, on are
+        true).
+        """
 
         def on(name: str) -> bool:
             return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
@@ -278,7 +311,9 @@ class Route:
         return "off" if row is None else row.backend
 
     def provider(self, branch: str) -> str | None:
-        """The library that computes ``branch`` and its version; None where it is torch's own, nsa's own or off."""
+        """The library that computes ``branch`` and its version; None where it is torch's own, nsa's own or
+        off.
+        """
         row = self.rows[branch]
         return None if row is None else row.provider()
 

@@ -1,7 +1,10 @@
-"""The one tolerance policy: what a result may differ from the fp64 specification, for tests and for the bench.
+"""The one tolerance policy: what a result may differ from the fp64 specification, for tests and for the
+bench.
 
-An implementation may err about twice what plain eager code errs in the same dtype on the same inputs. The budget is
-measured, never chosen: run the specification in fp64, run it again in the inputs' own dtype, and double the difference.
+An implementation may err about twice what plain eager code errs in the same dtype on the same inputs. The
+budget is
+measured, never chosen: run the specification in fp64, run it again in the inputs' own dtype, and double the
+difference.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from dataclasses import dataclass
 import torch
 
 HEADROOM = 2.0
-# Eager code can be exact by luck (one key, equal values): the floor is a few roundings of the largest value in
-# the precision of sums (fp32 at least), and one of the stored dtype: more would hide a key too many in bf16.
+# Eager code can be exact by luck (one key, equal values): the floor is a few roundings of the largest value
+# in the precision of sums (fp32 at least), and one of the stored dtype: more would hide a key too many in
+# bf16.
 FLOOR_ROUNDINGS = 16.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """Outcome of one comparison. ``max_abs_err`` and ``budget`` are absolute, ``rel_err`` is ``|a - b| / |b|`` (2-norm)."""
+    """Outcome of one comparison. ``max_abs_err`` and ``budget`` are absolute, ``rel_err`` is ``|a - b| /
+    |b|`` (2-norm).
+    """
 
     max_abs_err: float
     rel_err: float
@@ -39,7 +45,8 @@ def error_budget(exact: torch.Tensor, eager: torch.Tensor, magnitude: float = 0.
         exact: the specification's result in fp64 from the rounded inputs.
         eager: the specification's result in the inputs' own dtype; same shape. Where it overflows, it buys
             no budget.
-        magnitude: largest magnitude that went in. Where terms of that size cancel to a small result, rounding does not.
+        magnitude: largest magnitude that went in. Where terms of that size cancel to a small result, rounding
+        does not.
     """
     size = max(magnitude, _largest(exact))
     sums = torch.promote_types(eager.dtype, torch.float32)
@@ -48,7 +55,9 @@ def error_budget(exact: torch.Tensor, eager: torch.Tensor, magnitude: float = 0.
 
 
 def check(actual: torch.Tensor, exact: torch.Tensor, budget: float) -> Check:
-    """Compare ``actual`` with the fp64 result ``exact``. A NaN, or an infinity in another place, is an infinite error."""
+    """Compare ``actual`` with the fp64 result ``exact``. A NaN, or an infinity in another place, is an
+    infinite error.
+    """
     if actual.shape != exact.shape:
         raise ValueError(
             f"shapes differ: got {tuple(actual.shape)}, the specification gives {tuple(exact.shape)}"
@@ -78,8 +87,8 @@ def against_spec(
 ) -> dict[str, Check]:
     """Check values, and gradients for every floating tensor, of one implementation against the specification.
 
-    Both callables take ``tensors`` by name and return one output tensor. The specification runs on the CPU, in fp64 and
-    in the inputs' dtype. Keys of the result: ``out`` and, with ``gradients``, ``d_<name>``.
+    Both callables take ``tensors`` by name and return one output tensor. The specification runs on the CPU,
+    in fp64 and in the inputs' dtype. Keys of the result: ``out`` and, with ``gradients``, ``d_<name>``.
     """
     mine = _run(implementation, tensors, None, None, gradients, seed)
     exact = _run(specification, tensors, torch.device("cpu"), torch.float64, gradients, seed)

@@ -1,10 +1,11 @@
-"""FlashAttention 2 in eager torch: the documented semantics of ``flash_attn`` 2.x and of torch's varlen attention.
+"""FlashAttention 2 in eager torch: what ``flash_attn`` 2.x and torch's varlen attention document.
 
-Any device, fp32 and fp64 besides fp16 and bf16. What the kernels refuse is refused here, and what they leave unwritten is
-NaN here, so that code which runs on this and gives the right numbers hands the kernels valid work:
+Any device, fp32 and fp64 besides fp16 and bf16. What the kernels refuse is refused here, and what they leave
+unwritten is NaN here: code that gives the right numbers on this hands the kernels valid work.
 
 - causality and windows are aligned to the bottom right; query i of a sequence sees the keys
-  ``[i + S - T - left, i + S - T + right]``, -1 meaning all, and a bound that reaches past the longest sequence means all;
+  ``[i + S - T - left, i + S - T + right]``, -1 meaning all, and a bound that reaches past the longest
+  sequence means all;
 - a row without a key gives 0 and lse +inf; sequences may lack queries or keys;
 - lse is ``(B, HQ, T)`` dense and ``(HQ, T)`` packed, natural logarithm, and passes no gradient;
 - with a longest query of 1, grouped heads and no window, every packed sequence is taken to have one query;
@@ -13,12 +14,22 @@ NaN here, so that code which runs on this and gives the right numbers hands the 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
 Window = tuple[int, int]
+
+
+class Refused(RuntimeError):
+    """The kernels take no such call."""
+
+
+def _need(*conditions: Any) -> None:
+    if not all(conditions):
+        raise Refused("FlashAttention 2 takes no such call")
 
 
 def flash_attn_func(
@@ -34,11 +45,11 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``q (B,T,HQ,D), k v (B,S,H,D)``; with ``return_attn_probs`` also lse ``(B,HQ,T)`` and an empty tensor."""
-    assert dropout_p == 0 and softcap == 0 and alibi_slopes is None and q.dim() == 4 and len(q) > 0
+    """``q (B,T,HQ,D), k v (B,S,H,D)``; ``return_attn_probs`` adds lse ``(B,HQ,T)`` and an empty tensor."""
+    _need(dropout_p == softcap == 0, alibi_slopes is None, q.dim() == k.dim() == v.dim() == 4, len(q) > 0)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     _check_heads(q, k, v)
-    window = _normalised(window_size, causal, k.shape[1])
+    window = normalised(window_size, causal, k.shape[1])
     parts = [_attend(*one, _scale(q, softmax_scale), window) for one in zip(q, k, v, strict=True)]
     o = torch.stack([o for o, _ in parts])
     lse = torch.stack([lse for _, lse in parts])
@@ -63,8 +74,8 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> Any:
-    """``q (sum T,HQ,D), k v (sum S,H,D)``; with ``return_attn_probs`` also lse ``(HQ, sum T)`` and an empty tensor."""
-    assert dropout_p == 0 and softcap == 0 and alibi_slopes is None and block_table is None
+    """``q (sum T,HQ,D), k v (sum S,H,D)``; ``return_attn_probs`` adds lse ``(HQ, sum T)`` and a blank."""
+    _need(dropout_p == softcap == 0, alibi_slopes is None, block_table is None)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     o, lse = _packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size
@@ -145,17 +156,19 @@ def _packed(
     causal: bool,
     window_size: Window,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert q.dim() == k.dim() == v.dim() == 3
+    _need(q.dim() == k.dim() == v.dim() == 3)
     _check_heads(q, k, v)
     _check_bounds(cu_q, len(q), max_q)
     _check_bounds(cu_k, len(k), max_k)
-    assert len(cu_q) == len(cu_k) and 0 < len(cu_q) - 1 <= 65535
-    window = _normalised(window_size, causal, max_k)
+    _need(len(cu_q) == len(cu_k), 0 < len(cu_q) - 1 <= 65535)
+    window = normalised(window_size, causal, max_k)
     if max_q == 1 and q.shape[1] > k.shape[1] and max(window_size) < 0:
-        assert len(q) == len(cu_q) - 1, "with max_q = 1 the kernel reshapes q to one query a sequence"
+        _need(len(q) == len(cu_q) - 1)  # q is reshaped to one query a sequence
     k, v = _Covered.apply(k, cu_k), _Covered.apply(v, cu_k)
     o = q.new_full(q.shape, float("nan"))
-    lse = torch.full(q.shape[1::-1], float("nan"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lse = torch.full(
+        q.shape[1::-1], float("nan"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+    )
     outputs = []
     for (q0, q1), (k0, k1) in zip(_pairs(cu_q), _pairs(cu_k), strict=True):
         part, lse[:, q0:q1] = _attend(q[q0:q1], k[k0:k1], v[k0:k1], _scale(q, scale), window)
@@ -167,7 +180,7 @@ def _packed(
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One sequence: ``q (T,HQ,D), k v (S,H,D) -> o (T,HQ,D), lse (HQ,T)``. Rounds once, at the end, as the kernels do."""
+    """One sequence, rounded once at the end: ``q (T,HQ,D), k v (S,H,D) -> o (T,HQ,D), lse (HQ,T)``."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     wide = [t.to(dtype) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
@@ -193,8 +206,8 @@ def mask(rows: int, keys: int, window: Window) -> torch.Tensor:
     return allowed
 
 
-def _normalised(window: Window, causal: bool, max_k: int) -> Window:
-    """As the launchers do: a bound past every key is dropped; a single bound gets the longest sequence as the other."""
+def normalised(window: Window, causal: bool, max_k: int) -> Window:
+    """As the launchers do: a bound past every key is dropped; the longest sequence joins a lone one."""
     left, right = (-1 if bound >= max_k else bound for bound in window)
     if causal:
         right = 0
@@ -210,21 +223,20 @@ def _scale(q: torch.Tensor, scale: float | None) -> float:
 
 
 def _pairs(bounds: torch.Tensor) -> list[tuple[int, int]]:
-    values = bounds.tolist()
-    return list(zip(values[:-1], values[1:], strict=True))
+    return list(pairwise(bounds.tolist()))
 
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     dim = q.shape[-1]
-    assert k.shape == v.shape and k.shape[-1] == dim and dim % 8 == 0 and 0 < dim <= 256
-    assert q.dtype == k.dtype == v.dtype and q.shape[-2] % k.shape[-2] == 0
-    assert all(t.stride(-1) == 1 for t in (q, k, v))
+    _need(k.shape == v.shape, k.shape[-1] == dim, dim % 8 == 0, 0 < dim <= 256)
+    _need(q.dtype == k.dtype == v.dtype, q.shape[-2] % k.shape[-2] == 0)
+    _need(*(t.stride(-1) == 1 for t in (q, k, v)))
 
 
 def _check_bounds(bounds: torch.Tensor, total: int, longest: int) -> None:
-    assert bounds.dtype == torch.int32 and bounds.is_contiguous() and bounds[0] == 0
     lengths = bounds.diff()
-    assert (lengths >= 0).all() and lengths.max() <= longest and bounds[-1] <= total
+    _need(bounds.dtype == torch.int32, bounds.is_contiguous(), bounds[0] == 0, bounds[-1] <= total)
+    _need((lengths >= 0).all(), lengths.max() <= longest)
 
 
 class _Covered(torch.autograd.Function):

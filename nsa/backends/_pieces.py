@@ -1,14 +1,14 @@
 """The branches as rectangles of queries x keys, for backends that work on dense tiles.
 
-Each query row belongs to at most one piece, so nothing is merged and the lse of a piece is the row's; rows in no piece
-are empty (output 0, lse -inf). A piece is cut so that little of it is masked, and it holds its mask as patches: only the
-columns where something is hidden.
+Each query row belongs to at most one piece, so nothing is merged and the lse of a piece is the row's; rows in
+no piece are empty (output 0, lse -inf). A piece is cut so that little of it is masked, and it holds its mask
+as patches: only the columns where something is hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,8 +29,8 @@ SELECTED_ROWS = 64
 class Patch:
     """What a piece hides among its columns from ``column`` on.
 
-    ``mask()`` is additive, ``(B*H or 1, rows, width)`` in the queries' dtype: 0 where allowed, -inf where hidden. Additive,
-    so that no polarity can be mistaken.
+    ``mask()`` is additive, ``(B*H or 1, rows, width)`` in the queries' dtype: 0 where allowed, -inf where
+    hidden. Additive, so that no polarity can be mistaken.
     """
 
     column: int
@@ -41,7 +41,9 @@ class Patch:
 class Piece:
     """Queries ``[row, row_end)`` attend keys ``[key, key_end)`` but for the patches.
 
-    ``may_be_empty``: some row may hide every key; otherwise each row sees at least one.
+    ``may_be_empty``: some row may hide every key; otherwise each row sees at least one. ``causal``: row i
+    sees the keys up to the i-th, by the kernel's own mask. ``copies``: the same piece again, moved on by its
+    rows each time.
     """
 
     row: int
@@ -50,6 +52,24 @@ class Piece:
     key_end: int
     patches: tuple[Patch, ...] = ()
     may_be_empty: bool = False
+    causal: bool = False
+    copies: int = 1
+
+    def each(self) -> list[Piece]:
+        """Its copies, one by one."""
+        rows = self.row_end - self.row
+        moved = range(0, rows * self.copies, rows)
+        return [
+            replace(
+                self,
+                row=self.row + m,
+                row_end=self.row_end + m,
+                key=self.key + m,
+                key_end=self.key_end + m,
+                copies=1,
+            )
+            for m in moved
+        ]
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
@@ -89,7 +109,9 @@ class _Triangles:
 
 
 def compressed_pieces(q: torch.Tensor, blocks: int, config: NSAConfig, q_start: int) -> list[Piece]:
-    """Queries ``q (B,T,..)`` from position ``q_start`` over ``blocks`` compressed blocks; rows that see none are left out."""
+    """Queries ``q (B,T,..)`` from position ``q_start`` over ``blocks`` compressed blocks; rows that see
+    none are left out.
+    """
     pieces = []
     first_seeing = max(0, config.compression_block_size - 1 - q_start)
     for row, end in _chunks(first_seeing, q.shape[1], COMPRESSED_ROWS):
@@ -109,13 +131,22 @@ def compressed_pieces(q: torch.Tensor, blocks: int, config: NSAConfig, q_start: 
 
 
 def sliding_pieces(q: torch.Tensor, length: int, config: NSAConfig, q_start: int) -> list[Piece]:
-    """The band of ``w`` keys up to each query: a triangle hidden at its left end, where keys fall out, one at its right."""
+    """The band of ``w`` keys up to each query: a triangle hidden at its left end, where keys fall out, one
+    at its right.
+    """
     width = config.window_size
     triangles = _Triangles(q)
-    pieces = []
+    pieces: list[Piece] = []
     for row, end in _chunks(0, q.shape[1], BAND_ROWS):
         first, last = q_start + row, q_start + end - 1
         key, key_end = max(0, first - width + 1), min(length, last + 1)
+        if key_end <= key:
+            continue  # queries past the last key see nothing
+        before = pieces[-1] if pieces else None
+        whole = end - row == BAND_ROWS and key_end == last + 1
+        if before is not None and whole and before.key > 0 and before.key + before.copies * BAND_ROWS == key:
+            pieces[-1] = replace(before, copies=before.copies + 1)
+            continue
         patches = []
         fallen = min(last - width + 1, key_end) - key
         if fallen > 0:  # row i hides column c when key + c < first + i - w + 1
@@ -126,30 +157,48 @@ def sliding_pieces(q: torch.Tensor, length: int, config: NSAConfig, q_start: int
     return pieces
 
 
+def dense_prefix(block_indices: torch.Tensor, config: NSAConfig, q_start: int) -> int:
+    """Number of leading rows of ``block_indices (B,T,H,N)`` that select every block up to their own, in every
+    head.
+
+    Read on the host, once. Only rows at positions before ``N l'`` can.
+    """
+    size, slots = config.selection_block_size, block_indices.shape[-1]
+    rows = min(block_indices.shape[1], max(0, slots * size - q_start))
+    if rows == 0:
+        return 0
+    taken = block_indices[:, :rows]
+    own = (_arange(q_start, q_start + rows, taken.device) // size)[:, None, None]
+    chosen = torch.zeros(*taken.shape[:3], slots + 1, dtype=torch.bool, device=taken.device)
+    chosen.scatter_(-1, torch.where((taken < 0) | (taken > own), slots, taken).long(), True)
+    incomplete = (chosen[..., :slots].sum(-1, keepdim=True) <= own).flatten(2).any(-1).any(0)
+    return int(incomplete.int().argmax()) if bool(incomplete.any()) else rows
+
+
 def selected_pieces(
     q: torch.Tensor, block_indices: torch.Tensor, length: int, config: NSAConfig, q_start: int
 ) -> list[Piece]:
-    """All keys up to each query with what is not selected hidden; leading rows that select everything are plain causal.
-
-    ``block_indices (B,T,H,N)``. Which rows select everything is read on the host, once.
+    """All keys up to each query with what is not selected hidden; leading rows that select everything are
+    plain causal.
     """
-    device, size = q.device, config.selection_block_size
+    size = config.selection_block_size
     batch, rows, kv_heads = block_indices.shape[:3]
+    dense_rows = dense_prefix(block_indices, config, q_start)
     num_blocks = num_selection_blocks(length, config)
-    block_mask = q.new_full((batch, rows, kv_heads, num_blocks + 1), NEG_INF)
-    slots = torch.where(block_indices < 0, num_blocks, block_indices).long()
-    block_mask = (
-        block_mask.scatter_(-1, slots, 0.0)[..., :num_blocks].transpose(1, 2).flatten(0, 1)
-    )  # (B*H, T, blocks)
-    own = _arange(q_start, q_start + rows, device) // size
-    missing = (block_mask != 0) & (_arange(0, num_blocks, device) <= own.unsqueeze(1))
-    incomplete = missing.any(-1).any(0)
-    dense_rows = int(incomplete.int().argmax()) if bool(incomplete.any()) else rows
-
     triangles = _Triangles(q)
     pieces = []
-    for row, end in _chunks(0, rows, SELECTED_ROWS):
+    start = 0
+    if dense_rows and q_start == 0 and dense_rows <= length:
+        pieces.append(Piece(0, dense_rows, 0, dense_rows, causal=True))
+        start = dense_rows
+    block_mask = q.new_full((batch, rows - start, kv_heads, num_blocks + 1), NEG_INF)
+    slots = block_indices[:, start:]
+    block_mask.scatter_(-1, torch.where(slots < 0, num_blocks, slots).long(), 0.0)
+    block_mask = block_mask[..., :num_blocks].transpose(1, 2).flatten(0, 1)  # (B*H, T, blocks)
+    for row, end in _chunks(start, rows, SELECTED_ROWS):
         first, key_end = q_start + row, min(length, q_start + end)
+        if key_end == 0:
+            continue
         dense = end <= dense_rows
         patches = []
         if key_end > first + 1:
@@ -157,7 +206,7 @@ def selected_pieces(
         if not dense:
 
             def chosen(row: int = row, end: int = end, key_end: int = key_end) -> torch.Tensor:
-                blocks = block_mask[:, row:end, : num_selection_blocks(key_end, config)]
+                blocks = block_mask[:, row - start : end - start, : num_selection_blocks(key_end, config)]
                 return blocks.repeat_interleave(size, dim=-1)[..., :key_end]
 
             patches.append(Patch(0, chosen))

@@ -1,4 +1,6 @@
-"""Block scores and top-n in chunks of query rows: bounded memory, no T x C matrix, any device, no host synchronisation."""
+"""Block scores and top-n in chunks of query rows: bounded memory, no T x C matrix, any device, no host
+synchronisation.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from nsa.blocks import (
 )
 from nsa.config import NSAConfig
 
-# Elements of the probability matrix of one chunk, all heads: 1 MiB in fp32, the size of a core's L2 cache.
-CHUNK_ELEMENTS = 2**18
+# Elements of the probability matrix of one chunk, all heads: 2 MiB in fp32, which two cores' L2 caches hold.
+CHUNK_ELEMENTS = 2**19
 # On a GPU a chunk must fill the machine instead.
 CHUNK_ELEMENTS_GPU = 2**26
 
@@ -48,21 +50,21 @@ def select_blocks(
         parts.append(every[:, :, None].expand(batch, -1, config.num_kv_heads, -1))
     on_cpu = q.device.type == "cpu"
     dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(2, (config.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)  # (B, H, G, T, D)
-    keys = k_cmp.permute(0, 2, 3, 1).to(dtype).unsqueeze(2)  # (B, H, 1, D, C)
+    group = config.group_size
+    # (B*H, T*G, D): the G queries of a token are neighbouring rows, so that a chunk is one matrix product per
+    # KV head.
+    queries = (q[:, trivial:].to(dtype) * config.scale).unflatten(2, (config.num_kv_heads, group))
+    queries = queries.transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    keys = k_cmp.transpose(1, 2).flatten(0, 1).to(dtype).contiguous().mT  # (B*H, D, C)
     step = (CHUNK_ELEMENTS if on_cpu else CHUNK_ELEMENTS_GPU) // max(
         1, batch * config.num_heads * k_cmp.shape[1]
     )
     step = max(16, step)
     for row in range(trivial, rows, step):
-        span = slice(row, row + step)
-        seen = (
-            None
-            if isinstance(q_start, torch.Tensor)
-            else (q_start + row + 1, q_start + min(row + step, rows))
-        )
-        queries = grouped[..., span, :].to(dtype) * config.scale
-        parts.append(_select_rows(queries, keys, position[:, span], num_blocks, seen, config))
+        end = min(row + step, rows)
+        seen = None if isinstance(q_start, torch.Tensor) else (q_start + row + 1, q_start + end)
+        chunk = queries[:, (row - trivial) * group : (end - trivial) * group]
+        parts.append(_select_rows(chunk, keys, position[:, row:end], num_blocks, seen, config))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -74,7 +76,8 @@ def _select_rows(
     seen: tuple[int, int] | None,
     config: NSAConfig,
 ) -> torch.Tensor:
-    """Top-n of a chunk of scaled queries ``(B,H,G,T,D)``. Returns ``(B,T,H,n)`` int32.
+    """Top-n of a chunk of scaled queries ``(B*H, T*G, D)`` at ``position (B or 1, T)``. Returns ``(B,T,H,n)``
+    int32.
 
     ``seen``: how many tokens the first and the last query see, where the host knows.
     """
@@ -88,25 +91,28 @@ def _select_rows(
 
     block = torch.arange(num_blocks, device=q.device)
     own = own_block(position, config)[:, None, :, None]
-    scores.masked_fill_(
+    # Added, not filled: adding vectorises. Forced blocks become +inf, blocks yet to come -inf.
+    rank = torch.zeros(own.shape[0], 1, own.shape[2], num_blocks, dtype=scores.dtype, device=q.device)
+    rank.masked_fill_(
         (block < config.num_initial_blocks) | (block > own - config.num_local_blocks), float("inf")
     )
-    scores.masked_fill_(block > own, float("-inf"))
-    return _top_n(scores, config.num_selected_blocks).transpose(1, 2)
+    rank.masked_fill_(block > own, float("-inf"))
+    return _top_n(scores.add_(rank), config.num_selected_blocks).transpose(1, 2)
 
 
 def _group_probabilities(
     q: torch.Tensor, keys: torch.Tensor, position: torch.Tensor, everyone_sees: int, config: NSAConfig
 ) -> torch.Tensor:
     """Sum over the group's heads of p_cmp, ``(B,H,T,C)``. The first ``everyone_sees`` blocks need no mask."""
-    logits = q @ keys
-    visible = visible_compressed_blocks(position, config)[:, None, None, :, None]
-    hidden = torch.arange(everyone_sees, keys.shape[-1], device=q.device) >= visible
+    heads, blocks = (-1, config.num_kv_heads), keys.shape[-1]
+    logits = torch.bmm(q, keys).unflatten(1, (-1, config.group_size)).unflatten(0, heads)  # (B, H, T, G, C)
+    visible = visible_compressed_blocks(position, config)[:, None, :, None, None]
+    hidden = torch.arange(everyone_sees, blocks, device=q.device) >= visible
     # A finite floor, not -inf: a row that sees no block must not turn into NaN; it is cleared below.
     logits[..., everyone_sees:].masked_fill_(hidden, torch.finfo(logits.dtype).min)
     p = logits.softmax(-1)
     p[..., everyone_sees:].masked_fill_(hidden, 0.0)
-    return p.sum(2)
+    return p.sum(3)
 
 
 def _block_scores(p: torch.Tensor, num_blocks: int, config: NSAConfig) -> torch.Tensor:
@@ -122,18 +128,21 @@ def _block_scores(p: torch.Tensor, num_blocks: int, config: NSAConfig) -> torch.
 
 
 def _top_n(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """Ascending int32 indices of the ``n`` best of the last dim, ties to the lower index, -1 for -inf at the tail."""
+    """Ascending int32 indices of the ``n`` best of the last dim, ties to the lower index, -1 for -inf at
+    the tail.
+    """
     num_blocks = scores.shape[-1]
     block = torch.arange(num_blocks, dtype=torch.int32, device=scores.device)
     if num_blocks <= n:
         chosen = torch.where(scores == float("-inf"), num_blocks, block)
         chosen = torch.nn.functional.pad(chosen, (0, n - num_blocks), value=num_blocks)
         return torch.where(chosen == num_blocks, -1, chosen).to(torch.int32)
-    threshold = scores.topk(n, dim=-1).values.amin(-1, keepdim=True)
+    best = scores.topk(n, dim=-1, sorted=False)
+    threshold = best.values.amin(-1, keepdim=True)
     keep = (scores >= threshold) & (scores > float("-inf"))
     if scores.device.type == "cpu" and bool((keep.sum(-1) == n).all()):
         # The common case, seen on the host for free: full rows without a tie at the threshold.
-        return keep.nonzero()[:, -1].view(*scores.shape[:-1], n).to(torch.int32)
+        return best.indices.to(torch.int32).sort(-1).values
     above = scores > threshold
     tied = keep & ~above
     keep = above | (tied & (tied.cumsum(-1) <= n - above.sum(-1, keepdim=True)))

@@ -29,7 +29,8 @@ def fail(message: str, code: int = BAD_USAGE) -> typer.Exit:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad usage ends in one line and exit code 2, a refusing disk in exit code 4; Ctrl-C in 130."""
-    # Imported late: these two bring torch, pandas and matplotlib with them, which a usage error need not wait for.
+    # Imported late: these two bring torch, pandas and matplotlib with them, which a usage error need not wait
+    # for.
     from nsabench.measure import MeasureError
     from nsabench.present.frame import PresentError
 

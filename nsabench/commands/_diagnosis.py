@@ -15,7 +15,9 @@ PROBE_S = 0.5
 
 
 def diagnose() -> dict[str, Any]:
-    """``machine``: name -> value; ``findings``: ``level`` (ok, info, warn) and one line each, with what to do."""
+    """``machine``: name -> value; ``findings``: ``level`` (ok, info, warn) and one line each, with what to
+    do.
+    """
     environment = capture_environment()
     cpu, about = environment["cpu"], environment["torch"] or {}
     machine: dict[str, Any] = {

@@ -15,7 +15,9 @@ TITLES = {"cmp": "compressed", "score": "scores and top-n", "sel": "selected", "
 
 
 def survey(*, S: int, device: str, dtype: str | None) -> list[dict[str, Any]]:
-    """Each row of the table for a prefill of S tokens of the default model: runs, refuses, or is passed over by auto."""
+    """Each row of the table for a prefill of S tokens of the default model: runs, refuses, or is passed
+    over by auto.
+    """
     from nsa import NSAConfig
 
     model = ON_CPU if device == "cpu" else ON_GPU
@@ -48,7 +50,9 @@ def survey(*, S: int, device: str, dtype: str | None) -> list[dict[str, Any]]:
 
 
 def matrix_markdown() -> str:
-    """Branches by backends with where each row runs, from the table's own refusals; the same on every machine."""
+    """Branches by backends with where each row runs, from the table's own refusals; the same on every
+    machine.
+    """
     lines = ["| backend | " + " | ".join(TITLES[branch] for branch in BRANCHES) + " |"]
     lines.append("|---" * (len(BRANCHES) + 1) + "|")
     for backend in backends():

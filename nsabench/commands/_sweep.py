@@ -26,7 +26,9 @@ from nsabench.store import RunDir, StoreError, capture_environment, load_run
 
 
 def device_of(name: str) -> str:
-    """`auto` settled: the GPU where torch sees one, else the CPU. PlanError for a device that is not there."""
+    """`auto` settled: the GPU where torch sees one, else the CPU. PlanError for a device that is not
+    there.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -50,7 +52,9 @@ def plan_cells(
     shape: dict[str, int | None],
     blocks: dict[str, int],
 ) -> tuple[list[Cell], Model]:
-    """The cells of a sweep, all checked: PlanError or ValueError in one line names the value and what is allowed."""
+    """The cells of a sweep, all checked: PlanError or ValueError in one line names the value and what is
+    allowed.
+    """
     device = device_of(device)
     model = ON_CPU if device == "cpu" else ON_GPU
     fixed: dict[str, Any] = {
@@ -113,7 +117,9 @@ def _in_options(message: str) -> str:
 
 
 def _refuse_unless_some_route_runs(cells: list[Cell]) -> None:
-    """A sweep in which nothing can run is bad usage; one in which something can keeps its refusals as rows."""
+    """A sweep in which nothing can run is bad usage; one in which something can keeps its refusals as
+    rows.
+    """
     reasons: dict[str, str] = {}
     for cell in cells:
         request = Request(

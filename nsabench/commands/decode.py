@@ -39,8 +39,8 @@ def decode(
 ) -> None:
     """Time one decode step at each length S: shares, memory, tokens read, route beside route.
 
-    The KV cache is preallocated and the same step is replayed at a frozen length. Steps that complete a compressed block
-    and steps that do not are timed apart and combined by how often each happens.
+    The KV cache is preallocated and the same step is replayed at a frozen length. Steps that complete a
+    compressed block and steps that do not are timed apart and combined by how often each happens.
     """
     with one_line_errors():
         from nsabench.commands._sweep import plan_cells, start_sweep

@@ -14,7 +14,9 @@ Json = Annotated[bool, typer.Option("--json", help="The same as one JSON object 
 
 
 def doctor(json: Json = False) -> None:
-    """Show this machine, its libraries and what stands in the way of good numbers, with what to do about it."""
+    """Show this machine, its libraries and what stands in the way of good numbers, with what to do about
+    it.
+    """
     with one_line_errors():
         from nsabench.commands._diagnosis import diagnose
 

@@ -19,7 +19,9 @@ Out = Annotated[
 
 
 def plot(runs: RunPaths, out: Out = Path("plots"), formats: Formats = "png,svg") -> None:
-    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine, without a GPU."""
+    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine, without a
+    GPU.
+    """
     with one_line_errors():
         from nsabench.present.plots import plot_run
         from nsabench.store import load_run

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nsa import Routing, UnsupportedRoute, stage_hook
-from nsa.routes import BRANCHES, Request, Route, resolve
+from nsa.routes import BRANCHES, Route
 from nsabench.measure import (
     Shares,
     StageRecorder,
@@ -21,10 +21,12 @@ from nsabench.measure import (
     peak_memory,
 )
 from nsabench.plan import Cell
-from nsabench.run.check import Verdict, check_arm
+from nsabench.run.check import Verdict
+from nsabench.run.gate import Refused, judge, refuse_other_output
 from nsabench.run.policy import Policy
+from nsabench.run.steps import Span, route_at, steps_of
 from nsabench.run.work import count_work
-from nsabench.run.workload import DTYPES, Variant, Workload
+from nsabench.run.workload import Variant, Workload
 from nsabench.stats import median_interval
 from nsabench.store.schema import STAGES
 
@@ -35,57 +37,70 @@ COLD_ITERS, WARM_ITERS = 5, 10_000
 SHARES_WITHIN = 2.0
 
 
-class Refused(Exception):
-    """An arm that is not measured: its status and reason."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
-
-
 class Arm:
-    """A route of a group. ``prepare`` gates and warms up, ``sample`` is called once a round, ``row`` closes the account."""
+    """A route of a group. ``prepare`` gates and warms up, ``sample`` is called once a round, ``finish``
+    closes the account; what comes of it stands in ``fields`` and ``samples``.
 
-    def __init__(self, cell: Cell, workload: Workload, policy: Policy, clock: Callable[[], float]) -> None:
-        self.cell, self.workload, self.policy, self.clock = cell, workload, policy, clock
-        self.fields: dict[str, Any] = {**cell.to_dict(), "status": "ok", "reason": ""}
+    ``clock`` gives the seconds of ``t_s``; ``process`` is the number of the process that measures.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        workload: Workload,
+        policy: Policy,
+        clock: Callable[[], float] = time.perf_counter,
+        process: int = 0,
+    ) -> None:
+        self.cell, self.workload, self.policy = cell, workload, policy
+        self.clock, self.process = clock, process
+        self.fields: dict[str, Any] = {
+            **cell.to_dict(),
+            "cell_id": cell.cell_id,
+            "status": "ok",
+            "reason": "",
+        }
         self.samples: list[dict[str, Any]] = []
         self._timers: list[tuple[Variant, Timer, int]] = []
         self._first: dict[str, torch.Tensor] = {}
 
     def prepare(self) -> None:
         """Settle the route, check the result against the specification, warm up. Raises :class:`Refused`."""
-        route = self._settle()
-        self._describe_work(route)
-        self._record(self._gate(route))
+        routes = self._settle()
+        last = list(routes)[-1]
+        self._describe_work(routes[last])
+        verdict, expected = judge(self.workload, self.cell.route, routes.__getitem__)
+        self._record(verdict)
         for variant in self.workload.variants(self.cell.route):
             timer = self._timer(variant)
             self._first[variant.name] = _kept(timer.output)
+            if self.cell.passes == "fwd":
+                refuse_other_output(self._first[variant.name], expected[variant.name], _of(variant))
             once = timer.sample(1)
             limit = COLD_ITERS if self.policy.cache == "cold" else WARM_ITERS
             iters = choose_iters(max(once, 1e-4), self.policy.sample_ms, limit=limit)
             self._timers.append((variant, timer, iters))
         self.fields |= {"timer": self._timers[0][1].name, "regime": "latency", "cache": self.policy.cache}
 
-    def _settle(self) -> Route:
-        cell = self.cell
-        routing = Routing.parse(cell.route)
-        request = Request(
-            device=self.workload.device.type,
-            dtype=DTYPES[cell.dtype],
-            num_queries=1 if cell.phase == "decode" or cell.mode == "stepwise" else cell.S,
-            kv_len=cell.S,
-            needs_grad=cell.passes != "fwd",
-            config=self.workload.config,
-        )
+    def release(self) -> None:
+        """Let go of what only sampling needs: outputs, captured graphs."""
+        self._timers.clear()
+        self._first.clear()
+
+    def _settle(self) -> dict[Span, Route]:
+        """What runs in each call of the step. Where that differs, a branch's backends are joined by ``+``."""
+        spans = [span for step in steps_of(self.cell) for span in step.spans]
         try:
-            route = resolve(routing, request)
+            routes = {span: route_at(self.cell, span) for span in spans}
         except UnsupportedRoute as error:
             raise Refused("unsupported", str(error)) from None
-        names = {f"{branch}_backend": route.backend(branch) for branch in BRANCHES}
-        libraries = sorted({library for branch in BRANCHES if (library := route.provider(branch))})
-        self.fields |= {**names, "route_proof": "resolved", "provider": ", ".join(libraries)}
-        return route
+        for branch in BRANCHES:
+            names = dict.fromkeys(route.backend(branch) for route in routes.values())
+            self.fields[f"{branch}_backend"] = "+".join(names)
+        libraries = {route.provider(branch) for route in routes.values() for branch in BRANCHES}
+        provider = ", ".join(sorted(library for library in libraries if library))
+        self.fields |= {"route_proof": "resolved", "provider": provider}
+        return routes
 
     def _describe_work(self, route: Route) -> None:
         active = tuple(b for b in ("cmp", "sel", "win") if route.rows[b] is not None)
@@ -99,11 +114,6 @@ class Arm:
             "kv_cache_bytes": sum(cached.values()) if cached else None,
             **{f"kv_cache_{branch}_bytes": size for branch, size in cached.items()},
         }
-
-    def _gate(self, route: Route) -> Verdict:
-        inputs = self.workload.attention_inputs()
-        gradients = self.cell.passes != "fwd"
-        return check_arm(inputs, route, self.cell.route, self.workload.config, gradients=gradients)
 
     def _record(self, verdict: Verdict) -> None:
         error = verdict.error
@@ -122,13 +132,13 @@ class Arm:
         timer.prepare(variant.step)
         return timer
 
-    def sample(self, round_number: int, position: int, started: float) -> None:
+    def sample(self, round_number: int, position: int) -> None:
         """One sample of each variant."""
         for variant, timer, iters in self._timers:
-            at = self.clock() - started
+            at = self.clock()
             self.samples.append(
                 {
-                    "process": 0,
+                    "process": self.process,
                     "round": round_number,
                     "position": position,
                     "variant": variant.name,
@@ -139,7 +149,9 @@ class Arm:
             )
 
     def finish(self) -> None:
-        """After the rounds: the result once more, then time, shares, branches alone and memory. Raises Refused."""
+        """After the rounds: the result once more, then time, shares, branches alone and memory. Raises
+        Refused.
+        """
         self._check_again()
         self._time()
         if self.policy.shares:
@@ -254,8 +266,3 @@ def _of(variant: Variant) -> str:
 def _kept(output: object) -> torch.Tensor:
     assert isinstance(output, torch.Tensor)
     return output.detach().clone()
-
-
-def now() -> float:
-    """Seconds of the clock that stamps samples and telemetry."""
-    return time.perf_counter()

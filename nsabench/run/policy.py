@@ -16,9 +16,10 @@ CACHES = ("cold", "warm")
 class Policy:
     """Rounds and what surrounds them.
 
-    ``rounds``: visits to every arm (an interval needs 6). ``sample_ms``: steps are repeated to fill this many ms a sample.
-    ``timer``: ``auto`` is cpu on a CPU, graph for decode and event for prefill on a GPU. ``cache``: state of the last-level
-    cache before a step. ``shares``, ``alone``: whether stages, and branches by themselves, are measured.
+    ``rounds``: visits to every arm (an interval needs 6). ``sample_ms``: steps are repeated to fill this many
+    ms a sample. ``timer``: ``auto`` is cpu on a CPU, graph for decode and event for prefill on a GPU.
+    ``cache``: state of the last-level cache before a step. ``shares``, ``alone``: whether stages, and
+    branches by themselves, are measured.
     """
 
     rounds: int = 15

@@ -1,11 +1,16 @@
-"""A plan, carried out: group after group, each arm gated and timed in interleaved rounds, each row durable at once."""
+"""A plan, carried out: group after group, each arm gated and timed in interleaved rounds, each row durable
+at once.
+"""
 
 from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import psutil
@@ -13,12 +18,12 @@ import torch
 
 from nsabench.measure import MeasureError, NvmlSampler, open_sampler
 from nsabench.plan import Cell, groups
-from nsabench.run.arm import Arm, Refused, now
+from nsabench.run.arm import Arm
+from nsabench.run.gate import Refused, refuse_wrong_cache
 from nsabench.run.policy import Policy
 from nsabench.run.workload import Workload, least_bytes
 from nsabench.store import DiskError, RunDir
 from nsabench.store.schema import without_performance
-
 
 Fields = dict[str, Any]
 
@@ -34,70 +39,86 @@ class Observer(Protocol):
 
 
 def run_plan(
-    cells: list[Cell], policy: Policy, run: RunDir, observer: Observer, started: float | None = None
+    cells: list[Cell],
+    policy: Policy,
+    run: RunDir,
+    observer: Observer,
+    *,
+    process: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Measure every cell that ``run`` has not finished. A failed cell is a row with a status; the sweep goes on.
+    """Measure every cell that ``run`` has not finished. A failed cell is a row with a status; the sweep goes
+    on.
+
+    ``process`` numbers the process that measures: samples of two processes were never taken in turn.
 
     Raises:
         DiskError: the disk refuses; what was finished is safe.
     """
-    started = now() if started is None else started
+    began = clock()
+    session = _Session(policy, run, observer, process, lambda: clock() - began)
     for group in groups(cells):
         todo = [cell for cell in group if cell.cell_id not in run.finished]
         if todo:
             observer.begin(todo, "building")
-            _run_group(todo, policy, run, observer, started)
+            session.measure(todo)
             gc.collect()
 
 
-def _run_group(group: list[Cell], policy: Policy, run: RunDir, observer: Observer, started: float) -> None:
-    def store(fields: Fields, samples: Sequence[Fields], telemetry: Sequence[Fields] = ()) -> None:
-        row = fields if fields["status"] == "ok" else without_performance(fields)
-        run.append(row, samples, telemetry)
-        observer.row(run.finished[row["cell_id"]])
+@dataclass(frozen=True)
+class _Session:
+    policy: Policy
+    run: RunDir
+    observer: Observer
+    process: int
+    clock: Callable[[], float]
+    """Seconds since the session began."""
 
-    shell = [{**cell.to_dict(), "cell_id": cell.cell_id, "status": "ok", "reason": ""} for cell in group]
-    try:
-        with _failures(shell[0]):
-            _refuse_hopeless(group[0])
-            workload = Workload(group[0])
-    except _Failed:
-        for fields in shell:
-            store({**fields, "status": shell[0]["status"], "reason": shell[0]["reason"]}, [])
-        return
-
-    arms = [Arm(cell, workload, policy, now) for cell in group]
-    for arm, fields in zip(arms, shell, strict=True):
-        arm.fields |= {"cell_id": fields["cell_id"]}
-    for arm in arms:
-        observer.activity(f"checking {arm.cell.route} against the specification")
-        _guard(arm, arm.prepare)
-    with open_sampler(group[0].device, clock=lambda: now() - started) as sampler:
-        began = now() - started
-        _rounds(arms, policy, observer, sampler, started, group[0].seed)
-        telemetry, ended = sampler.readings, now() - started
-    for arm in arms:
-        if arm.fields["status"] == "ok":
-            observer.activity(f"stages, branches and memory of {arm.cell.route}")
+    def measure(self, group: list[Cell]) -> None:
+        failed: Fields = {}
+        try:
+            with _failures(failed):
+                _refuse_hopeless(group[0])
+                workload = Workload(group[0])
+                refuse_wrong_cache(workload)
+        except _Failed:
+            for cell in group:
+                self._store({**cell.to_dict(), "cell_id": cell.cell_id, **failed}, [])
+            return
+        arms = [Arm(cell, workload, self.policy, self.clock, self.process) for cell in group]
+        for arm in arms:
+            self.observer.activity(f"checking {arm.cell.route} against the specification")
+            _guard(arm, arm.prepare)
+        with open_sampler(group[0].device, clock=self.clock) as sampler:
+            began = self.clock()
+            self._rounds(arms, sampler)
+            ended = self.clock()
+        telemetry = sampler.readings
+        for arm in arms:
+            self.observer.activity(f"stages, branches and memory of {arm.cell.route}")
             _guard(arm, arm.finish)
-        if arm.fields["status"] == "ok":
             arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
-        store(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
+            arm.release()
+            self._store(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
 
-
-def _rounds(
-    arms: list[Arm], policy: Policy, observer: Observer, sampler: NvmlSampler, started: float, seed: int
-) -> None:
-    """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
-    shuffle = random.Random(seed)
-    for number in range(policy.rounds):
-        living = [arm for arm in arms if arm.fields["status"] == "ok"]
-        shuffle.shuffle(living)
-        observer.activity(f"round {number + 1} of {policy.rounds}")
+    def _rounds(self, arms: list[Arm], sampler: NvmlSampler) -> None:
+        """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
+        shuffle = random.Random(arms[0].cell.seed)
+        for number in range(self.policy.rounds):
+            living = [arm for arm in arms if arm.fields["status"] == "ok"]
+            if not living:
+                return
+            shuffle.shuffle(living)
+            self.observer.activity(f"round {number + 1} of {self.policy.rounds}")
+            sampler.edge()
+            for position, arm in enumerate(living):
+                _guard(arm, partial(arm.sample, number, position))
         sampler.edge()
-        for position, arm in enumerate(living):
-            _guard(arm, lambda arm=arm, p=position: arm.sample(number, p, started))  # type: ignore[misc]
-    sampler.edge()
+
+    def _store(self, fields: Fields, samples: Sequence[Fields], telemetry: Sequence[Fields] = ()) -> None:
+        row = fields if fields["status"] == "ok" else without_performance(fields)
+        self.run.append(row, samples, telemetry)
+        self.observer.row(self.run.finished[row["cell_id"]])
 
 
 class _Failed(Exception):
@@ -111,12 +132,14 @@ def _guard(arm: Arm, act: Callable[[], None]) -> None:
         with _failures(arm.fields):
             act()
     except _Failed:
-        pass
+        arm.release()
 
 
 @contextmanager
 def _failures(fields: dict[str, Any]) -> Iterator[None]:
-    """Turn whatever stops a cell into its status and reason. The disk's refusal and Ctrl-C are not the cell's."""
+    """Turn whatever stops a cell into its status and reason. The disk's refusal and Ctrl-C are not the
+    cell's.
+    """
     try:
         yield
         return
@@ -140,7 +163,9 @@ def _line(error: BaseException) -> str:
 
 
 def _refuse_hopeless(cell: Cell) -> None:
-    """Refuse a cell whose tensors cannot fit before a build drives the machine into swap or the OOM killer."""
+    """Refuse a cell whose tensors cannot fit before a build drives the machine into swap or the OOM
+    killer.
+    """
     if cell.device == "cpu":
         free = psutil.virtual_memory().available
     else:

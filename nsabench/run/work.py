@@ -14,7 +14,9 @@ ELEMENT_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 
 @dataclass(frozen=True)
 class Work:
-    """``flops`` FLOP and ``bytes`` of one step; KV ``reads_tokens`` of its last query, and of dense attention's."""
+    """``flops`` FLOP and ``bytes`` of one step; KV ``reads_tokens`` of its last query, and of dense
+    attention's.
+    """
 
     flops: int
     bytes: int
@@ -23,7 +25,9 @@ class Work:
 
 
 def config_of(cell: Cell) -> NSAConfig:
-    """The attention's configuration of a cell; ValueError in one line where its sizes do not fit each other."""
+    """The attention's configuration of a cell; ValueError in one line where its sizes do not fit each
+    other.
+    """
     return NSAConfig(
         num_heads=cell.heads,
         num_kv_heads=cell.groups,
@@ -40,9 +44,10 @@ def config_of(cell: Cell) -> NSAConfig:
 def count_work(cell: Cell, branches: tuple[str, ...], parameters: int) -> Work:
     """Work of one step that runs ``branches`` (of cmp, sel, win) in a layer of ``parameters`` weights.
 
-    FLOPs count a multiply-add as two, attention by its exact causal pairs, the scores' product once (it is the compressed
-    branch's), a backward as two and a half forwards of attention and two of the projections. Bytes are the least a step
-    can move: weights, tokens in and out, and each key and value it reads, once.
+    FLOPs count a multiply-add as two, attention by its exact causal pairs, the scores' product once (it is
+    the compressed branch's) and without a gradient, a backward as two and a half forwards of attention and
+    two of the projections. Bytes are the least a step can move: weights, tokens in and out, and each key and
+    value it reads, once.
     """
     config = config_of(cell)
     decode = cell.phase == "decode"
@@ -52,9 +57,10 @@ def count_work(cell: Cell, branches: tuple[str, ...], parameters: int) -> Work:
     used = {branch: pairs[branch] for branch in branches}
     scored = 0 if "cmp" in branches or "sel" not in branches else pairs["cmp"]
     per_pair = 2 * cell.heads * (cell.dk + cell.dv)
-    attention = cell.B * (per_pair * sum(used.values()) + 2 * cell.heads * cell.dk * scored)
+    attention = cell.B * per_pair * sum(used.values())
+    scoring = cell.B * 2 * cell.heads * cell.dk * scored
     projections = 2 * cell.B * queries * parameters
-    forward = attention + projections
+    forward = attention + scoring + projections
     backward = attention * 5 // 2 + 2 * projections
     flops = {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}[cell.passes]
 

@@ -1,9 +1,9 @@
-"""The thing to be timed: one layer, its inputs, its cache, and a step that does the same work at every call."""
+"""The thing to be timed: one layer, its inputs, its cache, and a step that does the same work each time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +11,16 @@ import torch
 
 from nsa import KVCache, NativeSparseAttention
 from nsabench.plan import Cell
+from nsabench.run.steps import DTYPES, Span, Step, steps_of
 from nsabench.run.work import ELEMENT_BYTES, config_of
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Inputs = dict[str, Any]
+"""Arguments of the attention, by name."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A step and its weight in the cell's total. Decode has two: a step that completes a compressed block (``emit``) and
-    one that does not (``plain``), weighted by how often each happens; other phases have one, named ``""``."""
+    """A step of an arm, ready to be called; ``name`` and ``weight`` as in :class:`Step`."""
 
     name: str
     weight: float
@@ -55,23 +56,12 @@ class Workload:
 
     def variants(self, route: str) -> list[Variant]:
         """The steps of an arm. Decode: each replays one step at a frozen length; its cache is filled here."""
-        if self.cell.phase == "decode":
-            return self._decode_variants(route)
-        return [Variant("", 1.0, self._prefill_step(route))]
+        return [Variant(step.name, step.weight, self._callable(step, route)) for step in steps_of(self.cell)]
 
-    def _decode_variants(self, route: str) -> list[Variant]:
-        block, stride = self.config.compression_block_size, self.config.compression_stride
-        last = self.cell.S
-        emit = last - (last - block) % stride if last >= block else None
-        plain = last if emit != last else last - 1
-        if stride == 1 and emit is not None:
-            plain = 0
-        weight = 0.0 if emit is None else 1.0 / stride
-        found = []
-        for name, length, part in (("emit", emit, weight), ("plain", plain, 1.0 - weight)):
-            if length and part:
-                found.append(Variant(name, part, self._decode_step(route, length)))
-        return found
+    def _callable(self, step: Step, route: str) -> Callable[[], torch.Tensor]:
+        if self.cell.phase == "decode":
+            return self._decode_step(route, step.spans[0][1])
+        return self._prefill_step(route, step.spans)
 
     def _decode_step(self, route: str, length: int) -> Callable[[], torch.Tensor]:
         cache = self._filled(length - 1)
@@ -81,7 +71,8 @@ class Workload:
         def step() -> torch.Tensor:
             cache.rollback(before)
             with torch.inference_mode():
-                return self.layer(token, cache, route)  # type: ignore[no-any-return]
+                y: torch.Tensor = self.layer(token, cache, route)
+            return y
 
         return step
 
@@ -90,21 +81,21 @@ class Workload:
         if length not in self._frozen:
             cache = self._new_cache()
             if length:
-                with torch.inference_mode():
+                with torch.no_grad():
                     self.layer.attention_inputs(self.x[:, :length], cache)
             self._frozen[length] = cache, cache.checkpoint()
         cache, state = self._frozen[length]
         cache.rollback(state)
         return cache
 
-    def _prefill_step(self, route: str) -> Callable[[], torch.Tensor]:
+    def _prefill_step(self, route: str, spans: tuple[Span, ...]) -> Callable[[], torch.Tensor]:
         cell, cache = self.cell, self.cache
         if cache is not None:
 
             def forward() -> torch.Tensor:
                 cache.reset()
                 with torch.inference_mode():
-                    return self._feed(self.x, cache, route)
+                    return self._feed(self.x, cache, route, spans)
 
             return forward
 
@@ -115,14 +106,11 @@ class Workload:
 
     def graph_step(self, route: str) -> Callable[[], torch.Tensor]:
         """A forward that keeps what its backward needs."""
-        x = self.x.requires_grad_()
+        x, (step,) = self.x.requires_grad_(), steps_of(self.cell)
+        return lambda: self._feed(x, self._graph_cache(), route, step.spans)
 
-        def forward() -> torch.Tensor:
-            return self._feed(
-                x, None if self.cell.mode == "batched" else self._new_cache(keep_graph=True), route
-            )
-
-        return forward
+    def _graph_cache(self) -> KVCache | None:
+        return None if self.cell.mode == "batched" else self._new_cache(keep_graph=True)
 
     def training_step(self, route: str) -> Callable[[], torch.Tensor]:
         """Forward and backward; returns the gradient of the input."""
@@ -137,20 +125,43 @@ class Workload:
         leaves = [self.x, *self.layer.parameters()]
         return torch.autograd.grad(y, leaves, self._upstream, retain_graph=keep, allow_unused=True)[0]
 
-    def _feed(self, x: torch.Tensor, cache: KVCache | None, route: str) -> torch.Tensor:
-        """The whole prompt at once, in chunks of N, or token by token (``batched``, ``chunked=N``, ``stepwise``)."""
-        mode = self.cell.mode
-        if mode == "batched":
-            return self.layer(x, cache, route)  # type: ignore[no-any-return]
-        size = 1 if mode == "stepwise" else int(mode.partition("=")[2])
-        return torch.cat([self.layer(part, cache, route) for part in x.split(size, dim=1)], 1)
+    def _feed(
+        self, x: torch.Tensor, cache: KVCache | None, route: str, spans: tuple[Span, ...]
+    ) -> torch.Tensor:
+        parts = [self.layer(x[:, start:end], cache, route) for start, end in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def attention_inputs(self) -> dict[str, object]:
-        """Inputs of the attention at the measured step: the last token over the cache, or the whole prompt."""
-        with torch.inference_mode():
-            if self.cell.phase == "decode":
-                return self.layer.attention_inputs(self.x[:, -1:], self._filled(self.cell.S - 1))
+    def inputs(self, step: Step, wanted: Collection[Span]) -> Iterator[tuple[Span, Inputs]]:
+        """What the attention gets for the ``wanted`` spans of a step, out of the cache that the step uses.
+
+        They are views of that cache: good until the next ones are asked for.
+        """
+        cache = self._cache_before(step.spans[0][0])
+        for start, end in step.spans:
+            # Not inference_mode: what the layer keeps from here must serve a backward too.
+            with torch.no_grad():
+                found = self.layer.attention_inputs(self.x[:, start:end], cache)
+            if (start, end) in wanted:
+                yield (start, end), found
+
+    def inputs_without_cache(self) -> Inputs:
+        """What the attention gets for the whole prompt at once: what caches are held against."""
+        with torch.no_grad():
             return self.layer.attention_inputs(self.x)
+
+    def _cache_before(self, start: int) -> KVCache | None:
+        if self.cell.phase == "decode":
+            return self._filled(start)
+        if self.cache is None:
+            return self._graph_cache()
+        self.cache.reset()
+        return self.cache
+
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """What the layer makes of its attention's output ``(B,T,HQ,DV)``."""
+        with torch.no_grad():
+            y: torch.Tensor = self.layer.out(attended.flatten(2))
+        return y
 
     def cache_bytes(self) -> dict[str, int]:
         """Bytes of the KV cache by branch; empty for a pass that keeps none."""
@@ -158,9 +169,10 @@ class Workload:
 
 
 def least_bytes(cell: Cell) -> int:
-    """Bytes that a cell needs at the very least: tokens, projections, keys and values. For refusing the hopeless early."""
-    width = cell.dim * 2 + (cell.heads + 3 * cell.groups) * cell.dk + (cell.heads + 3 * cell.groups) * cell.dv
+    """Bytes that a cell needs at the very least: the prompt and its projections, which decode makes too, to
+    fill its cache. For refusing the hopeless early.
+    """
+    heads = cell.heads + 3 * cell.groups
+    projected = heads * cell.dk + 3 * cell.groups * cell.dv
     tokens = cell.B * cell.S
-    held = tokens * (cell.dim + cell.groups * (cell.dk + cell.dv))
-    moving = 0 if cell.phase == "decode" else tokens * width
-    return math.ceil((held + moving) * ELEMENT_BYTES[cell.dtype])
+    return math.ceil(tokens * (cell.dim + projected) * ELEMENT_BYTES[cell.dtype])

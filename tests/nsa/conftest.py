@@ -40,7 +40,7 @@ def small() -> Callable[..., NSAConfig]:
 
 
 @pytest.fixture
-def draw() -> Callable[..., dict[str, torch.Tensor]]:
+def draw() -> Callable[..., dict[str, Any]]:
     """``draw(branch, config, rows)``: normal inputs of a branch, by the argument names of its function.
 
     ``keys`` tokens exist, ``max(q_start) + rows`` when None. Selected attention gets the lists that the
@@ -58,7 +58,7 @@ def draw() -> Callable[..., dict[str, torch.Tensor]]:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         seed: int = 0,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(tokens: int, heads: int, dim: int) -> torch.Tensor:
@@ -72,7 +72,11 @@ def draw() -> Callable[..., dict[str, torch.Tensor]]:
         if branch in ("cmp", "score"):
             tensors = {"q": q, "k_cmp": normal(blocks, heads, config.head_dim)}
             return tensors | ({"v_cmp": normal(blocks, heads, config.v_dim)} if branch == "cmp" else {})
-        tensors = {"q": q, "k": normal(length, heads, config.head_dim), "v": normal(length, heads, config.v_dim)}
+        tensors = {
+            "q": q,
+            "k": normal(length, heads, config.head_dim),
+            "v": normal(length, heads, config.v_dim),
+        }
         if branch == "sel":
             other = normal(blocks, heads, config.head_dim)
             chosen = nsa.reference.select_blocks(q, other, config, q_start=q_start, kv_len=length)
@@ -84,10 +88,10 @@ def draw() -> Callable[..., dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def runnable() -> Callable[..., Callable[..., Any]]:
-    """``runnable(row, tensors, config)``: the row's function; skips the test with the row's own words if it refuses."""
+    """``runnable(row, tensors, config)``: the row's function; a refusal skips the test in its own words."""
 
     def load(
-        row: Row, tensors: dict[str, torch.Tensor], config: NSAConfig, *, gradients: bool = False
+        row: Row, tensors: dict[str, Any], config: NSAConfig, *, gradients: bool = False
     ) -> Callable[..., Any]:
         q = tensors["q"]
         if "k" in tensors:
@@ -113,11 +117,11 @@ def runnable() -> Callable[..., Callable[..., Any]]:
 
 @pytest.fixture
 def parity(runnable: Callable[..., Callable[..., Any]]) -> Callable[..., None]:
-    """``parity(row, tensors, config)``: output, lse and gradients of a row of the route table against the spec."""
+    """``parity(row, tensors, config)``: output, lse and gradients of a row of the table against the spec."""
 
     def judge(
         row: Row,
-        tensors: dict[str, torch.Tensor],
+        tensors: dict[str, Any],
         config: NSAConfig,
         *,
         q_start: int | torch.Tensor = 0,
@@ -132,7 +136,10 @@ def parity(runnable: Callable[..., Callable[..., Any]]) -> Callable[..., None]:
 
         for index, name in enumerate(("o", "lse")):
             outcome = against_spec(
-                part(function, index), part(specification, index), tensors, gradients=gradients and name == "o"
+                part(function, index),
+                part(specification, index),
+                tensors,
+                gradients=gradients and name == "o",
             )
             for key, check in outcome.items():
                 what = name if key == "out" else key

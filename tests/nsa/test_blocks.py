@@ -111,7 +111,7 @@ def test_overlap_weights_are_the_pairs_of_equation_9(config: NSAConfig) -> None:
 
 @given(configs())
 def test_overlap_weights_count_shared_strides(config: NSAConfig) -> None:
-    """The same stencil from its meaning: how many strides a compressed and a selection block have in common."""
+    """The same stencil from its meaning: how many strides two blocks have in common."""
     first, weights = overlap_weights(config)
     stride = config.compression_stride
     j = 5
@@ -161,7 +161,9 @@ def tokens_of_the_last_query(length: int, config: NSAConfig, seed: int) -> dict[
         return int((values.grad != 0).any(-1).sum())
 
     return {
-        "cmp": attended(k_cmp, lambda v: reference.compressed_attention(q, k_cmp, v, config, q_start=start)[0]),
+        "cmp": attended(
+            k_cmp, lambda v: reference.compressed_attention(q, k_cmp, v, config, q_start=start)[0]
+        ),
         "sel": attended(k, lambda v: reference.selected_attention(q, k, v, chosen, config, q_start=start)[0]),
         "win": attended(k, lambda v: reference.sliding_attention(q, k, v, config, q_start=start)[0]),
     }
@@ -173,7 +175,7 @@ def test_tokens_read_is_what_the_specification_attends(config: NSAConfig, length
     read, attended = tokens_read(length, config), tokens_of_the_last_query(length, config, seed=length)
     if config.num_local_blocks:
         assert read == attended
-    else:  # whether the own, incomplete block is chosen depends on the data: the count is the most that can be
+    else:  # whether the own, incomplete block is chosen depends on the data: the count is the most it can be
         assert {name: read[name] for name in ("cmp", "win")} == {n: attended[n] for n in ("cmp", "win")}
         assert attended["sel"] <= read["sel"] <= length
 

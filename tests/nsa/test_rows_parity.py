@@ -17,7 +17,7 @@ from nsa.routes import FUNCTIONS, TABLE, Row
 from nsa.testing import check, error_budget
 
 Small = Callable[..., NSAConfig]
-Draw = Callable[..., dict[str, torch.Tensor]]
+Draw = Callable[..., dict[str, Any]]
 Parity = Callable[..., None]
 Runnable = Callable[..., Callable[..., Any]]
 
@@ -46,9 +46,7 @@ def test_row_offers_the_contract(row: Row, small: Small, draw: Draw, runnable: R
 
 @each_row
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(
-    row: Row, dtype: torch.dtype, small: Small, draw: Draw, parity: Parity, device: str
-) -> None:
+def test_dtypes(row: Row, dtype: torch.dtype, small: Small, draw: Draw, parity: Parity, device: str) -> None:
     config = small()
     parity(row, draw(row.branch, config, 90, dtype=dtype, device=device), config)
 
@@ -143,15 +141,30 @@ def test_queries_that_start_anywhere_per_sequence(
     [
         pytest.param({}, id="paper"),
         pytest.param(
-            {"compression_block_size": 6, "compression_stride": 3, "selection_block_size": 9, "window_size": 7},
+            {
+                "compression_block_size": 6,
+                "compression_stride": 3,
+                "selection_block_size": 9,
+                "window_size": 7,
+            },
             id="odd",
         ),
         pytest.param(
-            {"compression_block_size": 16, "compression_stride": 16, "selection_block_size": 16, "window_size": 1},
+            {
+                "compression_block_size": 16,
+                "compression_stride": 16,
+                "selection_block_size": 16,
+                "window_size": 1,
+            },
             id="no-overlap",
         ),
         pytest.param(
-            {"compression_block_size": 32, "compression_stride": 4, "selection_block_size": 32, "window_size": 300},
+            {
+                "compression_block_size": 32,
+                "compression_stride": 4,
+                "selection_block_size": 32,
+                "window_size": 300,
+            },
             id="long-overlap",
         ),
         pytest.param({"num_selected_blocks": 1, "num_initial_blocks": 0, "num_local_blocks": 0}, id="n=1"),
@@ -213,8 +226,9 @@ def test_later_tokens_change_nothing_bit_for_bit(
     for before, after in zip(
         function(**tensors, config=config), function(**mixed, config=config), strict=True
     ):
-        assert torch.equal(before[:, :changed], after[:, :changed])
-        assert not torch.equal(before[:, changed:], after[:, changed:])
+        moved = (before != after).flatten(2).any(-1).any(0).nonzero().flatten().tolist()
+        assert moved
+        assert moved[0] >= changed, f"rows {moved} moved when tokens from {changed} on changed"
 
 
 @each_row
@@ -243,7 +257,12 @@ def test_decode_equals_the_row_of_prefill(row: Row, small: Small, draw: Draw, ru
     function = runnable(row, tensors, config)
     whole = function(**tensors, config=config)
     for t in range(rows):
-        existing = {"k": t + 1, "v": t + 1, "k_cmp": max(0, t - 7) // 4 + (t >= 7), "v_cmp": max(0, t - 7) // 4 + (t >= 7)}
+        existing = {
+            "k": t + 1,
+            "v": t + 1,
+            "k_cmp": max(0, t - 7) // 4 + (t >= 7),
+            "v_cmp": max(0, t - 7) // 4 + (t >= 7),
+        }
         step = {n: x[:, : existing[n]] if n in existing else x[:, t : t + 1] for n, x in tensors.items()}
         for part, expected in zip(function(**step, config=config, q_start=t), whole, strict=True):
             assert check(part, expected[:, t : t + 1], error_budget(expected, expected)).ok, f"token {t}"

@@ -1,4 +1,4 @@
-"""Every row of the route table that selects blocks gives the specification's sets; only rounding may break a tie."""
+"""Every row of the route table that selects blocks gives the specification's sets, up to ties by rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsa.routes import TABLE, Row
 from nsa.testing import error_budget
 
 Small = Callable[..., NSAConfig]
-Draw = Callable[..., dict[str, torch.Tensor]]
+Draw = Callable[..., dict[str, Any]]
 Runnable = Callable[..., Callable[..., Any]]
 
 score_row = pytest.mark.parametrize(
@@ -24,11 +24,15 @@ score_row = pytest.mark.parametrize(
 
 
 def assert_well_formed(chosen: torch.Tensor, config: NSAConfig, position: torch.Tensor) -> None:
-    """int32, ascending, -1 only at the tail, no block twice or of the future, as many as exist, forced ones inside."""
+    """int32, ascending, -1 at the tail only, none twice or of the future, all that exist, forced ones too."""
     assert chosen.dtype == torch.int32
     assert chosen.shape[-1] == config.num_selected_blocks
     chosen = chosen.cpu().long()
-    own = (position // config.selection_block_size).expand(chosen.shape[:2])[:, :, None].expand(chosen.shape[:3])
+    own = (
+        (position // config.selection_block_size)
+        .expand(chosen.shape[:2])[:, :, None]
+        .expand(chosen.shape[:3])
+    )
     end = int(own.max()) + 1
     assert (torch.where(chosen < 0, end, chosen).diff(dim=-1) > -(chosen[..., 1:] < 0).long()).all()
     assert torch.equal((chosen >= 0).sum(-1), (own + 1).clamp_max(config.num_selected_blocks))
@@ -41,23 +45,23 @@ def assert_well_formed(chosen: torch.Tensor, config: NSAConfig, position: torch.
 
 def assert_same_choice(
     row: Row,
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Any],
     config: NSAConfig,
     runnable: Runnable,
     *,
     q_start: int | torch.Tensor = 0,
     kv_len: int | None = None,
 ) -> None:
-    """The sets of the specification in fp64. Swapped blocks must score equal within the rounding of fp32 scores."""
+    """The sets of the specification in fp64. Swapped blocks must score the same within fp32 rounding."""
     function = runnable(row, tensors, config)
     chosen = function(**tensors, config=config, q_start=q_start, kv_len=kv_len)
-    start = torch.as_tensor(q_start).cpu().reshape(-1, 1)
-    assert_well_formed(chosen, config, start + torch.arange(tensors["q"].shape[1]))
+    first = torch.as_tensor(q_start).cpu().reshape(-1, 1)
+    assert_well_formed(chosen, config, first + torch.arange(tensors["q"].shape[1]))
     chosen = chosen.cpu()
 
     start = q_start.cpu() if isinstance(q_start, torch.Tensor) else q_start
-    exact_inputs = [tensors[name].cpu().double() for name in ("q", "k_cmp")]
-    expected = reference.select_blocks(*exact_inputs, config, q_start=start, kv_len=kv_len)
+    q, k_cmp = (tensors[name].cpu().double() for name in ("q", "k_cmp"))
+    expected = reference.select_blocks(q, k_cmp, config, q_start=start, kv_len=kv_len)
     if tensors["q"].dtype == torch.float64:
         assert torch.equal(chosen, expected)
         return
@@ -65,14 +69,17 @@ def assert_same_choice(
     if not differs.any():
         return
     # Logarithms: a relative budget, so that small scores count as much as large ones.
-    exact = reference.block_scores(*exact_inputs, config, q_start=start, kv_len=kv_len).log()
-    eager = reference.block_scores(*(t.float() for t in exact_inputs), config, q_start=start, kv_len=kv_len).log()
+    where: dict[str, Any] = {"q_start": start, "kv_len": kv_len}
+    exact = reference.block_scores(q, k_cmp, config, **where).log()
+    eager = reference.block_scores(q.float(), k_cmp.float(), config, **where).log()
     budget = error_budget(exact, eager)
     for place in differs.nonzero().tolist():
         scores = exact[tuple(place)]
         mine, theirs = set(chosen[tuple(place)].tolist()), set(expected[tuple(place)].tolist())
         swapped = scores[sorted(mine ^ theirs)]
-        assert (swapped.max() - swapped.min()).item() <= budget, f"{place}: {sorted(mine)}, not {sorted(theirs)}"
+        assert (swapped.max() - swapped.min()).item() <= budget, (
+            f"{place}: {sorted(mine)}, not {sorted(theirs)}"
+        )
 
 
 @score_row
@@ -162,7 +169,7 @@ def test_queries_that_start_anywhere_per_sequence(
 def test_ties_go_to_the_lower_index(
     row: Row, dtype: torch.dtype, small: Small, draw: Draw, runnable: Runnable, device: str
 ) -> None:
-    """Queries of zero: every compressed block has the same probability, so all inner blocks score exactly the same."""
+    """Queries of zero: every compressed block is as likely, so all inner blocks score exactly the same."""
     config = small(num_initial_blocks=1, num_local_blocks=1)
     tensors = draw("score", config, 300, dtype=dtype, device=device)
     tensors["q"].zero_()
@@ -197,7 +204,9 @@ def test_a_tie_between_two_planted_blocks(
 
 
 @score_row
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 def test_scores_too_small_for_16_bits_still_rank(
     row: Row, dtype: torch.dtype, small: Small, draw: Draw, runnable: Runnable, device: str
 ) -> None:
@@ -236,7 +245,9 @@ def test_all_logits_very_negative(
 ) -> None:
     config = small()
     place = (abs(logit) / 4) ** 0.5
-    tensors = draw("score", config, 300, dtype=torch.float64 if device == "cpu" else torch.float32, device=device)
+    tensors = draw(
+        "score", config, 300, dtype=torch.float64 if device == "cpu" else torch.float32, device=device
+    )
     tensors["q"] = tensors["q"] / place + place
     tensors["k_cmp"] = tensors["k_cmp"] / place - place
     assert_same_choice(row, tensors, config, runnable)
@@ -281,9 +292,7 @@ def test_selection_is_outside_the_graph(row: Row, small: Small, draw: Draw, runn
 
 
 @score_row
-def test_non_contiguous_inputs(
-    row: Row, small: Small, draw: Draw, runnable: Runnable, device: str
-) -> None:
+def test_non_contiguous_inputs(row: Row, small: Small, draw: Draw, runnable: Runnable, device: str) -> None:
     config = small()
     tensors = draw("score", config, 200, dtype=torch.float32, device=device)
     heads_first = {name: t.transpose(1, 2).contiguous().transpose(1, 2) for name, t in tensors.items()}

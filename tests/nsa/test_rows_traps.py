@@ -1,4 +1,4 @@
-"""Every row of the route table against what broke other implementations: empty rows, -1 slots, extreme logits."""
+"""Every row of the route table against what broke other code: empty rows, -1 slots, extreme logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nsa.config import NSAConfig
 from nsa.routes import TABLE, Row
 
 Small = Callable[..., NSAConfig]
-Draw = Callable[..., dict[str, torch.Tensor]]
+Draw = Callable[..., dict[str, Any]]
 Parity = Callable[..., None]
 Runnable = Callable[..., Callable[..., Any]]
 
@@ -25,14 +25,16 @@ def rows_of(*branches: str) -> pytest.MarkDecorator:
 
 
 every_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=["fp16", "bf16", "fp32", "fp64"]
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64],
+    ids=["fp16", "bf16", "fp32", "fp64"],
 )
 
 
 def assert_empty(
     row: Row,
     function: Callable[..., Any],
-    tensors: dict[str, torch.Tensor],
+    tensors: dict[str, Any],
     config: NSAConfig,
     empty: torch.Tensor,
     q_start: int | torch.Tensor = 0,
@@ -150,7 +152,9 @@ LISTS: dict[str, Lists] = {
     "any order": shuffled,
     "duplicates": lambda lists: torch.cat([lists, lists[..., :2], lists[..., :1]], -1),
     "one block many times": lambda lists: lists[..., :1].expand(*lists.shape[:-1], 5).contiguous(),
-    "duplicates in any order": lambda lists: shuffled(torch.cat([lists, lists, torch.full_like(lists, -1)], -1)),
+    "duplicates in any order": lambda lists: shuffled(
+        torch.cat([lists, lists, torch.full_like(lists, -1)], -1)
+    ),
     "one slot": lambda lists: lists[..., :1],
     "no slot": lambda lists: lists[..., :0],
     "blocks of the future": lambda lists: torch.where(lists < 0, 4, lists),
@@ -177,7 +181,9 @@ def test_any_list(
 
 
 @rows_of("sel")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 def test_hot_block_gathers_the_gradient_of_every_query(
     row: Row, dtype: torch.dtype, small: Small, draw: Draw, parity: Parity, device: str
 ) -> None:
@@ -189,10 +195,19 @@ def test_hot_block_gathers_the_gradient_of_every_query(
 
 @rows_of("cmp", "sel", "win")
 @pytest.mark.parametrize("rows", [3, 100], ids=["few-rows", "many-rows"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 @pytest.mark.parametrize("logit", [-30.0, -200.0, -4000.0])
 def test_all_logits_very_negative(
-    row: Row, logit: float, dtype: torch.dtype, rows: int, small: Small, draw: Draw, parity: Parity, device: str
+    row: Row,
+    logit: float,
+    dtype: torch.dtype,
+    rows: int,
+    small: Small,
+    draw: Draw,
+    parity: Parity,
+    device: str,
 ) -> None:
     config = small()
     tensors = draw(row.branch, config, rows, q_start=40, dtype=dtype, device=device)
@@ -205,15 +220,20 @@ def test_all_logits_very_negative(
 
 
 @rows_of("cmp", "sel", "win")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
+)
 @pytest.mark.parametrize("largest", [100.0, 700.0])
 def test_row_maxima_far_apart(
     row: Row, largest: float, dtype: torch.dtype, small: Small, draw: Draw, parity: Parity, device: str
 ) -> None:
-    """Rows whose largest logits differ by more than 88: a maximum shared by them overflows, or starves the small rows."""
+    """Rows whose largest logits differ by more than 88: a shared maximum overflows or starves small rows."""
     config = small()
     tensors = draw(row.branch, config, 100, dtype=dtype, device=device)
-    size = torch.linspace(0, 1, 100, device=device)[:, None, None] * torch.tensor([1.0, 0.01, 1.0, -1.0], device=device)[:, None]
+    size = (
+        torch.linspace(0, 1, 100, device=device)[:, None, None]
+        * torch.tensor([1.0, 0.01, 1.0, -1.0], device=device)[:, None]
+    )
     direction = torch.ones(16, device=device) * largest / 16
     tensors["q"] = (size * direction + 0.1 * tensors["q"]).to(dtype)
     for name in ("k", "k_cmp"):
