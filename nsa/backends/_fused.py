@@ -26,25 +26,24 @@ def attend_pieces(
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One fused attention call with lse. ``q (N,G,R,D), k (N,G,S,D), v (N,G,S,DV) -> o (N,G,R,DV), lse
     (N,G,R)``.
 
-    The public SDPA function returns no lse, so this calls the operators it is made of. ``mask`` is additive;
-    ``causal`` aligns top-left.
+    The public SDPA function returns no lse, so this calls the operators it is made of. ``mask`` is additive.
     """
     value_dim = v.shape[-1]
     width = max(q.shape[-1], value_dim)
     q, k, v = (_pad_to(t, width) for t in (q, k, v))
     if q.device.type == "cpu":
         o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            q, k, v, 0.0, False, attn_mask=mask, scale=scale
         )
     else:
         bias = None if mask is None else _aligned(mask.expand(*q.shape[:3], k.shape[2]))
         o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, bias, True, 0.0, causal, scale=scale
+            q, k, v, bias, True, 0.0, False, scale=scale
         )
         lse = lse[..., : q.shape[2]]  # the kernel pads lse to a multiple of its tile
     return o[..., :value_dim], lse
@@ -68,19 +67,18 @@ def _attend_backward(
     o: torch.Tensor,
     lse: torch.Tensor,
     mask: torch.Tensor | None,
-    causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if q.device.type == "cpu":
         dim, value_dim = q.shape[-1], v.shape[-1]
         grad, q, k, v, o = (_pad_to(t, max(dim, value_dim)) for t in (grad, q, k, v, o))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale
+            grad, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale
         )
         return dq[..., :dim], dk[..., :dim], dv[..., :value_dim]
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again, _ = attend(leaves[0], leaves[1], leaves[2], mask, causal, scale)
+        again, _ = attend(leaves[0], leaves[1], leaves[2], mask, scale)
         dq, dk, dv = torch.autograd.grad(again, leaves, grad)
     return dq, dk, dv
 
@@ -135,7 +133,7 @@ class _Pieces(torch.autograd.Function):
                 part_lse = part_lse.masked_fill(empty.squeeze(-1), 0.0)
             part_q, part_k, part_v = _attend_backward(
                 upstream, qg[:, :, span], _repeat(kg[:, :, keys], group), _repeat(vg[:, :, keys], group),
-                og[:, :, span], part_lse, mask, piece.causal, ctx.scale,
+                og[:, :, span], part_lse, mask, ctx.scale,
             )  # fmt: skip
             dq[:, span] = part_q.unflatten(0, (batch, kv_heads)).permute(0, 3, 1, 2, 4)
             for total, part in ((dk, part_k), (dv, part_v)):
@@ -161,7 +159,7 @@ def _forward_piece(
     group, heads = qg.shape[1], (o.shape[0], o.shape[2])
     mask, empty = _mask(piece, qg)
     k, v = _repeat(kg[:, :, keys], group), _repeat(vg[:, :, keys], group)
-    part, part_lse = attend(qg[:, :, span], k, v, mask, piece.causal, scale)
+    part, part_lse = attend(qg[:, :, span], k, v, mask, scale)
     if empty is not None:
         part = part.masked_fill(empty, 0.0)
         part_lse = part_lse.masked_fill(empty.squeeze(-1), NEG_INF)
@@ -190,7 +188,7 @@ def _forward_copies(
             t[n, 0, piece.key :].unfold(0, width, rows)[: piece.copies].mT.unsqueeze(1) for t in (kg, vg)
         ]
         q = qg[n, :, span].unflatten(1, (piece.copies, rows)).transpose(0, 1)
-        part, part_lse = attend(q, _repeat(windows[0], group), _repeat(windows[1], group), mask, False, scale)
+        part, part_lse = attend(q, _repeat(windows[0], group), _repeat(windows[1], group), mask, scale)
         o[b, span, h].unflatten(0, (piece.copies, rows)).copy_(part.transpose(1, 2))
         lse[b, span, h].unflatten(0, (piece.copies, rows)).copy_(part_lse.transpose(1, 2))
 

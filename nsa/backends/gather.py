@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from nsa.backends._fused import attend_pieces
-from nsa.backends._pieces import NEG_INF, Output, Piece, dense_prefix
+from nsa.backends._pieces import NEG_INF, Output, causal_pieces, dense_prefix
 from nsa.blocks import num_selection_blocks, query_positions
 from nsa.config import NSAConfig
 
@@ -194,16 +194,14 @@ def selected_attention_by_queries(
     """See :func:`nsa.reference.selected_attention`. One matrix product per block of keys; reads sizes on the
     host.
 
-    Leading rows that select everything are one causal call instead.
+    Leading rows that select everything are plain causal attention instead.
     """
     dense = 0
     if not isinstance(q_start, torch.Tensor) and q_start == 0:
         dense = min(dense_prefix(block_indices, config, 0), k.shape[1])
     parts: list[Output] = []
     if dense:
-        parts.append(
-            attend_pieces(q[:, :dense], k, v, [Piece(0, dense, 0, dense, causal=True)], config.scale)
-        )
+        parts.append(attend_pieces(q[:, :dense], k, v, causal_pieces(q, dense, k.shape[1], 0), config.scale))
     if dense < q.shape[1]:
         start = q_start + dense
         parts.append(_ByQueries.apply(q[:, dense:], k, v, block_indices[:, dense:], config, start))

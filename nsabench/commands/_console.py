@@ -12,6 +12,7 @@ from nsabench.plan import PlanError
 from nsabench.store import DiskError, SchemaError, StoreError
 
 GOOD, CHECK_FAILED, BAD_USAGE, INCONCLUSIVE, MACHINE_FAILED = range(5)
+INTERRUPTED = 130
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -19,26 +20,28 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def complain(message: str) -> None:
+    """One line on stderr."""
+    console(stderr=True).print(f"nsabench: {' '.join(message.split())}", soft_wrap=True, markup=False)
+
+
 def fail(message: str, code: int = BAD_USAGE) -> typer.Exit:
-    """Print one line on stderr; raise what is returned."""
-    line = " ".join(message.split())
-    console(stderr=True).print(f"nsabench: {line}", soft_wrap=True, markup=False)
+    """Complain; raise what is returned."""
+    complain(message)
     return typer.Exit(code)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Bad usage ends in one line and exit code 2, a refusing disk in exit code 4; Ctrl-C in 130."""
-    # Imported late: these two bring torch, pandas and matplotlib with them, which a usage error need not wait
-    # for.
-    from nsabench.measure import MeasureError
+    # Imported late: it brings pandas with it, which --help need not wait for.
     from nsabench.present.frame import PresentError
 
     try:
         yield
     except DiskError as error:
         raise fail(str(error), MACHINE_FAILED) from None
-    except (PlanError, StoreError, SchemaError, MeasureError, PresentError) as error:
+    except (PlanError, StoreError, SchemaError, PresentError) as error:
         raise fail(str(error)) from None
     except KeyboardInterrupt:
-        raise fail("interrupted; finished cells are kept, `nsabench resume RUN` goes on", 130) from None
+        raise fail("interrupted", INTERRUPTED) from None

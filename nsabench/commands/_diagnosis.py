@@ -15,18 +15,18 @@ PROBE_S = 0.5
 
 
 def diagnose() -> dict[str, Any]:
-    """``machine``: name -> value; ``findings``: ``level`` (ok, info, warn) and one line each, with what to
-    do.
-    """
+    """``machine``: name -> value; ``findings``: ``level`` (ok, info, warn) and ``text``, one line each."""
     environment = capture_environment()
     cpu, about = environment["cpu"], environment["torch"] or {}
+    usable = cpu["affinity"] or cpu["threads"]
     machine: dict[str, Any] = {
         "nsabench": f"{environment['nsabench']}, commit {(environment['commit'] or 'unknown')[:12]}"
         + (" with local changes" if environment["dirty"] else ""),
         "python": environment["python"],
         "platform": environment["platform"],
-        "cpu": f"{cpu['model']}, {cpu['affinity'] or cpu['threads']} usable threads, {cpu['memory_bytes'] / 2**30:.0f} GiB",
-        "torch": f"{about.get('version')}, {about.get('threads')} threads, CUDA {about.get('cuda') or 'not built in'}",
+        "cpu": f"{cpu['model']}, {usable} usable threads, {cpu['memory_bytes'] / 2**30:.0f} GiB",
+        "torch": f"{about.get('version')}, {about.get('threads')} threads, "
+        f"CUDA {about.get('cuda') or 'not built in'}",
         "packages": ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
         "gpus": "; ".join(
             f"{g['name']} ({g['sm_count']} SMs, {g['memory_bytes'] / 2**30:.0f} GiB)"
@@ -34,7 +34,7 @@ def diagnose() -> dict[str, Any]:
         ),
         "switches": ", ".join(f"{name}={value}" for name, value in environment["env"].items()),
     }
-    findings = [*_cpu_findings(about), *_gpu_findings(environment), *_library_findings(environment)]
+    findings = [*_cpu_findings(about, usable), *_gpu_findings(environment), *_library_findings(environment)]
     return {"machine": machine, "findings": findings}
 
 
@@ -42,7 +42,7 @@ def _finding(level: str, text: str) -> dict[str, str]:
     return {"level": level, "text": text}
 
 
-def _cpu_findings(about: dict[str, Any]) -> list[dict[str, str]]:
+def _cpu_findings(about: dict[str, Any], usable: int) -> list[dict[str, str]]:
     found = []
     busy = psutil.cpu_percent(interval=PROBE_S)
     if busy > BUSY_PCT:
@@ -54,11 +54,6 @@ def _cpu_findings(about: dict[str, Any]) -> list[dict[str, str]]:
         )
     else:
         found.append(_finding("ok", f"the CPU is {busy:.0f} % busy"))
-    usable = (
-        len(psutil.Process().cpu_affinity())
-        if hasattr(psutil.Process, "cpu_affinity")
-        else psutil.cpu_count() or 1
-    )
     threads = int(about.get("threads") or 1)
     if threads > usable:
         found.append(
@@ -117,7 +112,6 @@ def _library_findings(environment: dict[str, Any]) -> list[dict[str, str]]:
         ]
     if not environment["gpus"]:
         return [_finding("info", "flash_attn is not installed; without a GPU nothing would use it")]
-    return [
-        _finding("info", "flash_attn is not installed: fa2 routes use the FlashAttention-2 kernels inside torch; "
-                 "for the package: pip install 'nsabench[flash-attn]'")
-    ]  # fmt: skip
+    instead = "fa2 routes use the FlashAttention-2 kernels inside torch"
+    install = "pip install 'nsabench[flash-attn]'"
+    return [_finding("info", f"flash_attn is not installed: {instead}; for the package: {install}")]

@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-SHAPE, HOW, WHERE = "Shape", "Measuring", "Output"
-
-Lengths = Annotated[str, typer.Option("--S", help="Sequence lengths: 512,1024 or 1k:64k:x2.")]
-Batches = Annotated[str, typer.Option("--B", help="Batch sizes, as --S.", rich_help_panel=SHAPE)]
-Routes = Annotated[
-    str,
-    typer.Option(
-        "--routes", "--route", help="Routes separated by ';': auto | BACKEND | cmp=..,sel=..,win=.. | env."
-    ),
-]
-Dim = Annotated[int | None, typer.Option("--dim", help="Model width.", rich_help_panel=SHAPE)]
-Heads = Annotated[int | None, typer.Option("--heads", help="Query heads.", rich_help_panel=SHAPE)]
-Groups = Annotated[
-    int | None, typer.Option("--groups", help="KV heads; divides --heads.", rich_help_panel=SHAPE)
-]
-Dk = Annotated[int | None, typer.Option("--dk", help="Key dim of a head.", rich_help_panel=SHAPE)]
-Dv = Annotated[
-    int | None, typer.Option("--dv", help="Value dim of a head; --dk if not given.", rich_help_panel=SHAPE)
-]
-BlockSize = Annotated[int, typer.Option("--l", help="Compression block size, tokens.", rich_help_panel=SHAPE)]
-Stride = Annotated[int, typer.Option("--d", help="Compression stride, tokens.", rich_help_panel=SHAPE)]
-SelectionBlock = Annotated[
-    int, typer.Option("--l-sel", help="Selection block size, tokens.", rich_help_panel=SHAPE)
-]
-Selected = Annotated[int, typer.Option("--n-sel", help="Selected blocks per query.", rich_help_panel=SHAPE)]
-Window = Annotated[int, typer.Option("--w", help="Sliding window, tokens.", rich_help_panel=SHAPE)]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="fp32, bf16, fp16 or fp64.", rich_help_panel=SHAPE)
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=HOW)]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of weights, inputs and order.", rich_help_panel=HOW)]
-Rounds = Annotated[int, typer.Option("--rounds", help="Rounds; an interval needs 6.", rich_help_panel=HOW)]
-Timer = Annotated[str, typer.Option("--timer", help="auto, cpu, event or graph.", rich_help_panel=HOW)]
-Cache = Annotated[
-    str | None,
-    typer.Option("--cache", help="cold or warm last-level cache before a step.", rich_help_panel=HOW),
-]
-SharesOn = Annotated[
-    bool, typer.Option("--shares/--no-shares", help="Measure the stages.", rich_help_panel=HOW)
-]
-AloneOn = Annotated[
-    bool,
-    typer.Option("--alone/--no-alone", help="Measure each branch by itself.", rich_help_panel=HOW),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the run's folder.", rich_help_panel=WHERE)]
-Plots = Annotated[Path, typer.Option("--plots", help="Folder for the run's figures.", rich_help_panel=WHERE)]
-NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no figures.", rich_help_panel=WHERE)]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object a cell on stdout.", rich_help_panel=WHERE)
-]
+from nsabench.plan import PlanError, parse_ints
 
 
 @dataclass(frozen=True)
@@ -75,3 +27,115 @@ class Model:
 
 ON_CPU = Model("a small model for a CPU", dim=256, heads=8, groups=2, dk=32, dv=32, dtype="fp32")
 ON_GPU = Model("the size of a 27B model's layer", dim=2560, heads=64, groups=4, dk=128, dv=128, dtype="bf16")
+
+SHAPE, HOW, WHERE = "Shape", "Measuring", "Output"
+
+
+def _by_device(name: str) -> str:
+    return f"{getattr(ON_CPU, name)} on a CPU, {getattr(ON_GPU, name)} on a GPU"
+
+
+def _size(name: str, help: str, default: str | bool = True) -> typer.models.OptionInfo:
+    return typer.Option(name, metavar="INT", help=help, show_default=default, rich_help_panel=SHAPE)
+
+
+# Sizes are text here and become numbers in `size`: one grammar and one kind of error for all of them.
+Lengths = Annotated[str, typer.Option("--S", metavar="INTS", help="Sequence lengths: 512,1024 or 1k:64k:x2.")]
+Routes = Annotated[
+    str,
+    typer.Option(
+        "--routes",
+        "--route",
+        metavar="ROUTES",
+        help="Routes to measure side by side, separated by ';': auto, a backend, cmp=..,sel=..,win=.. "
+        "(a branch may be off), or env. `nsabench routes` lists the backends.",
+    ),
+]
+Batches = Annotated[
+    str, typer.Option("--B", metavar="INTS", help="Batch sizes, as --S.", rich_help_panel=SHAPE)
+]
+Dim = Annotated[str | None, _size("--dim", "Model width.", _by_device("dim"))]
+Heads = Annotated[str | None, _size("--heads", "Query heads.", _by_device("heads"))]
+Groups = Annotated[str | None, _size("--groups", "KV heads; they divide --heads.", _by_device("groups"))]
+Dk = Annotated[str | None, _size("--dk", "Key dim of a head.", _by_device("dk"))]
+Dv = Annotated[str | None, _size("--dv", "Value dim of a head.", "as --dk")]
+BlockSize = Annotated[str, _size("--l", "Compression block size, tokens.")]
+Stride = Annotated[str, _size("--d", "Compression stride, tokens.")]
+SelectionBlock = Annotated[str, _size("--l-sel", "Selection block size, tokens.")]
+Selected = Annotated[str, _size("--n-sel", "Selected blocks per query.")]
+Window = Annotated[str, _size("--w", "Sliding window, tokens.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        help="fp32, bf16, fp16 or fp64.",
+        show_default=_by_device("dtype"),
+        rich_help_panel=SHAPE,
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.", rich_help_panel=HOW)
+]
+Seed = Annotated[
+    str,
+    typer.Option(
+        "--seed", metavar="INT", help="Seed of weights, inputs and the order in a round.", rich_help_panel=HOW
+    ),
+]
+Rounds = Annotated[
+    str,
+    typer.Option(
+        "--rounds",
+        metavar="INT",
+        help="Rounds, each of which times every route once; an interval needs 6.",
+        rich_help_panel=HOW,
+    ),
+]
+Timer = Annotated[
+    str,
+    typer.Option(
+        "--timer",
+        metavar="TIMER",
+        help="auto, cpu, event or graph. auto: on a GPU graph for decode, event for prefill.",
+        rich_help_panel=HOW,
+    ),
+]
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="STATE",
+        help="cold or warm: the last-level cache before each step.",
+        rich_help_panel=HOW,
+    ),
+]
+SharesOn = Annotated[
+    bool,
+    typer.Option("--shares/--no-shares", help="Measure each stage inside the step.", rich_help_panel=HOW),
+]
+AloneOn = Annotated[
+    bool,
+    typer.Option("--alone/--no-alone", help="Measure each branch run by itself.", rich_help_panel=HOW),
+]
+Out = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="Where the run's folder goes.", rich_help_panel=WHERE)
+]
+Plots = Annotated[
+    Path,
+    typer.Option("--plots", metavar="FOLDER", help="Where the run's figures go.", rich_help_panel=WHERE),
+]
+NoPlots = Annotated[bool, typer.Option("--no-plots", help="Draw no figures.", rich_help_panel=WHERE)]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="One JSON object a cell on stdout, the rest on stderr.", rich_help_panel=WHERE
+    ),
+]
+
+
+def size(text: str, name: str, minimum: int = 1) -> int:
+    """The number that option ``name`` gives, as ``512`` or ``4k``; PlanError for anything else."""
+    if re.fullmatch(r"-?[0-9]+[kKmM]?", text.strip()) is None:
+        raise PlanError(f"{name}: {text!r} is not a whole number")
+    return parse_ints(text, name=name, minimum=minimum)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,18 +12,25 @@ from typing import Any
 import torch
 
 from nsa import Routing, UnsupportedRoute
-from nsa.routes import Request, resolve
-from nsabench.commands._console import BAD_USAGE, CHECK_FAILED, GOOD, INCONCLUSIVE, console, fail
-from nsabench.commands._options import ON_CPU, ON_GPU, Model
+from nsabench.commands._console import (
+    BAD_USAGE,
+    CHECK_FAILED,
+    GOOD,
+    INCONCLUSIVE,
+    INTERRUPTED,
+    complain,
+    console,
+    fail,
+)
+from nsabench.commands._options import ON_CPU, ON_GPU, Model, size
 from nsabench.measure import MeasureError, resolve_device
 from nsabench.plan import Cell, PlanError, parse_ints, parse_routes, sweep
-from nsabench.present.frame import planned_routes
+from nsabench.present.frame import PresentError, planned_routes
 from nsabench.present.live import SweepView
-from nsabench.present.plots import plot_run
 from nsabench.run import Policy, run_plan
+from nsabench.run.steps import DTYPES, route_at, steps_of
 from nsabench.run.work import config_of
-from nsabench.run.workload import DTYPES
-from nsabench.store import RunDir, StoreError, capture_environment, load_run
+from nsabench.store import RunDir, capture_environment, load_run
 
 
 def device_of(name: str) -> str:
@@ -34,7 +42,8 @@ def device_of(name: str) -> str:
     try:
         resolve_device(name)
     except MeasureError as error:
-        raise PlanError(f"--device: {error}") from None
+        said = str(error).removeprefix("device is ").replace("allowed: cpu", "allowed: auto, cpu")
+        raise PlanError(f"--device: {said}") from None
     return name
 
 
@@ -48,45 +57,38 @@ def plan_cells(
     mode: str,
     device: str,
     dtype: str | None,
-    seed: int,
-    shape: dict[str, int | None],
-    blocks: dict[str, int],
+    seed: str,
+    shape: dict[str, str | None],
+    blocks: dict[str, str],
 ) -> tuple[list[Cell], Model]:
-    """The cells of a sweep, all checked: PlanError or ValueError in one line names the value and what is
+    """The cells of a sweep, all checked: PlanError in one line names the option, the value and what is
     allowed.
     """
     device = device_of(device)
     model = ON_CPU if device == "cpu" else ON_GPU
     fixed: dict[str, Any] = {
-        name: getattr(model, name) if value is None else value for name, value in shape.items()
+        name: getattr(model, name) if text is None else size(text, _option(name))
+        for name, text in shape.items()
     }
-    if shape["dv"] is None and shape["dk"] is not None:
-        fixed["dv"] = shape["dk"]
+    if shape["dv"] is None:
+        fixed["dv"] = fixed["dk"]
     dtype = model.dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise PlanError(f"--dtype: {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     try:
-        wanted = [str(Routing.parse(route)) if route == "env" else route for route in parse_routes(routes)]
-        for route in wanted:
-            Routing.parse(route)
-    except PlanError:
-        raise
-    except ValueError as error:
-        raise PlanError(f"--routes: {error}") from None
-    cells = sweep(
-        S=parse_ints(lengths, name="--S"),
-        B=parse_ints(batches, name="--B"),
-        routes=wanted,
-        passes=list(passes),
-        phase=phase,
-        mode=mode,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        **fixed,
-        **blocks,
-    )
-    try:
+        cells = sweep(
+            S=parse_ints(lengths, name="--S"),
+            B=parse_ints(batches, name="--B"),
+            routes=_routes(routes),
+            passes=list(passes),
+            phase=phase,
+            mode=mode,
+            device=device,
+            dtype=dtype,
+            seed=size(seed, "--seed", minimum=0),
+            **fixed,
+            **{name: size(text, _option(name)) for name, text in blocks.items()},
+        )
         config_of(cells[0])
     except ValueError as error:
         raise PlanError(_in_options(str(error))) from None
@@ -94,6 +96,18 @@ def plan_cells(
         raise PlanError(f"--dk: {cells[0].dk} is odd; rotary positions need an even key dim")
     _refuse_unless_some_route_runs(cells)
     return cells, model
+
+
+def _routes(text: str) -> list[str]:
+    """The routes asked for, each in words the route table knows; `env` spelled out, for other shells."""
+    found = []
+    for route in parse_routes(text):
+        try:
+            routing = Routing.parse(route)
+        except ValueError as error:
+            raise PlanError(f"--routes: {error}") from None
+        found.append(str(routing) if route == "env" else route)
+    return found
 
 
 _OPTION_OF = {
@@ -109,11 +123,15 @@ _OPTION_OF = {
 }
 
 
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
 def _in_options(message: str) -> str:
-    """The attention's complaint, in the words of the command line."""
+    """A complaint of the plan or the attention, in the words of the command line."""
     for field, option in _OPTION_OF.items():
         message = message.replace(field, option)
-    return message
+    return re.sub(r"^cell: (\w+) is ", lambda found: f"{_option(found[1])}: ", message)
 
 
 def _refuse_unless_some_route_runs(cells: list[Cell]) -> None:
@@ -122,16 +140,8 @@ def _refuse_unless_some_route_runs(cells: list[Cell]) -> None:
     """
     reasons: dict[str, str] = {}
     for cell in cells:
-        request = Request(
-            device=torch.device(cell.device).type,
-            dtype=DTYPES[cell.dtype],
-            num_queries=1 if cell.phase == "decode" else cell.S,
-            kv_len=cell.S,
-            needs_grad=cell.passes != "fwd",
-            config=config_of(cell),
-        )
         try:
-            resolve(cell.route, request)
+            route_at(cell, steps_of(cell)[-1].spans[-1])
             return
         except UnsupportedRoute as error:
             reasons.setdefault(cell.route, str(error))
@@ -170,23 +180,46 @@ def carry_on(
     plots: Path | None,
     json_lines: bool,
     heading: Sequence[str],
+    process: int = 0,
 ) -> int:
     """Measure what is left of ``run``, draw it, and say where everything is; returns the exit code."""
-    left = [cell for cell in cells if cell.cell_id not in run.finished]
-    view = SweepView(console(), total=len(left), json_lines=json_lines, order=planned_routes(run.info))
-    with view:
+    talk = console(stderr=json_lines)
+    if any(cell.cell_id not in run.finished for cell in cells):
+        _measure(run, cells, policy, json_lines, heading, process)
+    else:
+        talk.print(*heading, sep="\n", soft_wrap=True, markup=False)
+    talk.print(f"results: {run.path}", soft_wrap=True, markup=False)
+    code = exit_code(list(run.finished.values()))
+    if plots is None or all(row["status"] != "ok" for row in run.finished.values()):
+        return code
+    # Imported late: matplotlib need not delay the start.
+    from nsabench.present.plots import plot_run
+
+    try:
+        files = plot_run(load_run(run.path), plots / run.run_id)
+    except PresentError as error:
+        complain(f"{error}; the results are safe: nsabench plot {shlex.quote(str(run.path))}")
+        return code or BAD_USAGE
+    talk.print(f"plots:   {plots / run.run_id} ({len(files)} files)", soft_wrap=True, markup=False)
+    return code
+
+
+def _measure(
+    run: RunDir, cells: list[Cell], policy: Policy, json_lines: bool, heading: Sequence[str], process: int
+) -> None:
+    left = sum(cell.cell_id not in run.finished for cell in cells)
+    order = planned_routes(run.info)
+    with SweepView(console(), total=left, json_lines=json_lines, order=order) as view:
         for line in heading:
             view.note(line)
-        run_plan(cells, policy, run, view)
-        stored = load_run(run.path)
-        view.close(stored.samples)
-    talk = console(stderr=json_lines)
-    talk.print(f"results: {run.path}", soft_wrap=True, markup=False)
-    rows = list(run.finished.values())
-    if plots is not None and any(row["status"] == "ok" for row in rows):
-        files = plot_run(stored, plots / run.run_id)
-        talk.print(f"plots:   {plots / run.run_id} ({len(files)} files)", soft_wrap=True, markup=False)
-    return exit_code(rows)
+        try:
+            run_plan(cells, policy, run, view, process=process)
+        except KeyboardInterrupt:
+            view.close()
+            kept = f"interrupted; {len(run.finished)} of {len(cells)} cells are finished and kept"
+            resume = f"nsabench resume {shlex.quote(str(run.path))}"
+            raise fail(f"{kept}, {resume} goes on", INTERRUPTED) from None
+        view.close(load_run(run.path).samples)
 
 
 def exit_code(rows: Sequence[dict[str, Any]]) -> int:
@@ -202,31 +235,7 @@ def _heading(cell: Cell, model: Model, policy: Policy) -> list[str]:
     return [
         f"{cell.phase} on {cell.device}: dim {cell.dim}, {cell.heads} heads, {cell.groups} KV heads, "
         f"dk {cell.dk}, dv {cell.dv}, {cell.dtype}" + (f" ({model.what})" if mine else ""),
-        f"blocks l {cell.l}, d {cell.d}, l' {cell.l_sel}, n {cell.n_sel}, w {cell.w}; selection {cell.selection}; "
-        f"timer {policy.timer_for(cell)}, {policy.cache} cache, {policy.rounds} rounds, seed {cell.seed}",
+        f"blocks l {cell.l}, d {cell.d}, l' {cell.l_sel}, n {cell.n_sel}, w {cell.w}; "
+        f"selection {cell.selection}; timer {policy.timer_for(cell)}, {policy.cache} cache, "
+        f"{policy.rounds} rounds, seed {cell.seed}",
     ]
-
-
-def refuse_other_machine(run: RunDir) -> None:
-    """StoreError where a run was begun elsewhere: its rows and new ones could not be compared."""
-    before, here = run.info["environment"], capture_environment()
-    for what, path in (("commit", ["commit"]), ("torch", ["torch", "version"]), ("CPU", ["cpu", "model"])):
-        old, new = _dig(before, path), _dig(here, path)
-        if old != new:
-            raise StoreError(
-                f"run {run.run_id} was begun with {what} {old!r}, here it is {new!r}; start a new run"
-            )
-    old_gpus, new_gpus = ([gpu.get("uuid") for gpu in env.get("gpus") or []] for env in (before, here))
-    if old_gpus != new_gpus:
-        raise StoreError(
-            f"run {run.run_id} was begun on GPUs {old_gpus}, here they are {new_gpus}; start a new run"
-        )
-
-
-def _dig(tree: Any, path: Sequence[str]) -> Any:
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
-
-
-__all__ = ["BAD_USAGE", "carry_on", "exit_code", "fail", "plan_cells", "refuse_other_machine", "start_sweep"]

@@ -19,17 +19,17 @@ def decode(
     groups: o.Groups = None,
     dk: o.Dk = None,
     dv: o.Dv = None,
-    l: o.BlockSize = 32,
-    d: o.Stride = 16,
-    l_sel: o.SelectionBlock = 64,
-    n_sel: o.Selected = 16,
-    w: o.Window = 512,
+    l: o.BlockSize = "32",
+    d: o.Stride = "16",
+    l_sel: o.SelectionBlock = "64",
+    n_sel: o.Selected = "16",
+    w: o.Window = "512",
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    seed: o.Seed = 0,
-    rounds: o.Rounds = 15,
+    seed: o.Seed = "0",
+    rounds: o.Rounds = "15",
     timer: o.Timer = "auto",
-    cache: o.Cache = None,
+    cache: o.Cache = "cold",
     shares: o.SharesOn = True,
     alone: o.AloneOn = True,
     out: o.Out = Path("results"),
@@ -39,8 +39,9 @@ def decode(
 ) -> None:
     """Time one decode step at each length S: shares, memory, tokens read, route beside route.
 
-    The KV cache is preallocated and the same step is replayed at a frozen length. Steps that complete a
-    compressed block and steps that do not are timed apart and combined by how often each happens.
+    The KV cache is preallocated and one step is replayed at a frozen length.
+    Steps that complete a compressed block and steps that do not are timed apart
+    and combined by how often each happens.
     """
     with one_line_errors():
         from nsabench.commands._sweep import plan_cells, start_sweep
@@ -60,6 +61,8 @@ def decode(
             blocks={"l": l, "d": d, "l_sel": l_sel, "n_sel": n_sel, "w": w},
         )
         # Between two decode steps of a layer the other layers evict the cache.
-        policy = Policy(rounds=rounds, timer=timer, cache=cache or "cold", shares=shares, alone=alone)
+        policy = Policy(
+            rounds=o.size(rounds, "--rounds"), timer=timer, cache=cache, shares=shares, alone=alone
+        )
         code = start_sweep(cells, model, policy, out=out, plots=None if no_plots else plots, json_lines=json)
     raise typer.Exit(code)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from nsabench.commands._console import console, one_line_errors
 
@@ -14,9 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="The same as one JSON object 
 
 
 def doctor(json: Json = False) -> None:
-    """Show this machine, its libraries and what stands in the way of good numbers, with what to do about
-    it.
-    """
+    """Show this machine, its libraries, and what stands in the way of good numbers."""
     with one_line_errors():
         from nsabench.commands._diagnosis import diagnose
 
@@ -29,7 +28,7 @@ def doctor(json: Json = False) -> None:
         table.add_column()
         table.add_column(overflow="fold")
         for name, value in found["machine"].items():
-            table.add_row(name, _text(value))
+            table.add_row(name, Text(_text(value)))
         talk.print(table)
         for finding in found["findings"]:
             talk.print(f"{finding['level']:>4}  {finding['text']}", markup=False, soft_wrap=True)

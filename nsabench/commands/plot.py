@@ -12,16 +12,17 @@ from nsabench.commands._console import console, one_line_errors
 RunPaths = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="One run's folder, or several in one figure.")
 ]
-Formats = Annotated[str, typer.Option("--formats", help="png, svg, or both: png,svg.")]
+Formats = Annotated[str, typer.Option("--formats", metavar="FORMATS", help="png, svg, or both: png,svg.")]
 Out = Annotated[
-    Path, typer.Option("--out", help="Folder for the figures; a folder per run (or set) is made in it.")
+    Path,
+    typer.Option(
+        "--out", metavar="FOLDER", help="Folder for the figures; a folder per run (or set) is made in it."
+    ),
 ]
 
 
 def plot(runs: RunPaths, out: Out = Path("plots"), formats: Formats = "png,svg") -> None:
-    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine, without a
-    GPU.
-    """
+    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine."""
     with one_line_errors():
         from nsabench.present.plots import plot_run
         from nsabench.store import load_run

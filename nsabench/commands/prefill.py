@@ -13,8 +13,17 @@ from nsabench.plan import PlanError
 
 PASSES = ("fwd", "bwd", "fwd_bwd")
 
-Passes = Annotated[str, typer.Option("--passes", help="fwd, bwd, fwd_bwd, or several: fwd,bwd.")]
-Mode = Annotated[str, typer.Option("--mode", help="batched, stepwise or chunked=N tokens.")]
+Passes = Annotated[
+    str, typer.Option("--passes", metavar="PASSES", help="fwd, bwd, fwd_bwd, or several: fwd,bwd.")
+]
+Mode = Annotated[
+    str,
+    typer.Option(
+        "--mode",
+        metavar="MODE",
+        help="How the prompt goes in: batched (at once), chunked=N (N tokens a call) or stepwise (one).",
+    ),
+]
 
 
 def prefill(
@@ -28,17 +37,17 @@ def prefill(
     groups: o.Groups = None,
     dk: o.Dk = None,
     dv: o.Dv = None,
-    l: o.BlockSize = 32,
-    d: o.Stride = 16,
-    l_sel: o.SelectionBlock = 64,
-    n_sel: o.Selected = 16,
-    w: o.Window = 512,
+    l: o.BlockSize = "32",
+    d: o.Stride = "16",
+    l_sel: o.SelectionBlock = "64",
+    n_sel: o.Selected = "16",
+    w: o.Window = "512",
     dtype: o.Dtype = None,
     device: o.Device = "auto",
-    seed: o.Seed = 0,
-    rounds: o.Rounds = 15,
+    seed: o.Seed = "0",
+    rounds: o.Rounds = "15",
     timer: o.Timer = "auto",
-    cache: o.Cache = None,
+    cache: o.Cache = "warm",
     shares: o.SharesOn = True,
     alone: o.AloneOn = True,
     out: o.Out = Path("results"),
@@ -46,9 +55,9 @@ def prefill(
     no_plots: o.NoPlots = False,
     json: o.Json = False,
 ) -> None:
-    """Time a prompt of S tokens: forward into a KV cache, backward, or both.
+    """Time a whole prompt of S tokens: forward into a KV cache, backward, or both.
 
-    The prompt goes in at once, in chunks, or token by token; every mode gives the same result.
+    Every mode gives the same result.
     """
     with one_line_errors():
         from nsabench.commands._sweep import plan_cells, start_sweep
@@ -71,6 +80,8 @@ def prefill(
             shape={"dim": dim, "heads": heads, "groups": groups, "dk": dk, "dv": dv},
             blocks={"l": l, "d": d, "l_sel": l_sel, "n_sel": n_sel, "w": w},
         )
-        policy = Policy(rounds=rounds, timer=timer, cache=cache or "warm", shares=shares, alone=alone)
+        policy = Policy(
+            rounds=o.size(rounds, "--rounds"), timer=timer, cache=cache, shares=shares, alone=alone
+        )
         code = start_sweep(cells, model, policy, out=out, plots=None if no_plots else plots, json_lines=json)
     raise typer.Exit(code)

@@ -12,7 +12,7 @@ from rich.text import Text
 from nsabench.commands import _options as o
 from nsabench.commands._console import console, one_line_errors
 
-Length = Annotated[int, typer.Option("--S", help="Sequence length asked about.", min=1)]
+Length = Annotated[str, typer.Option("--S", metavar="INT", help="Sequence length asked about.")]
 Markdown = Annotated[
     bool, typer.Option("--markdown", help="The machine-independent matrix, as in the README.")
 ]
@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a row on std
 
 
 def routes(
-    S: Length = 2048,
+    S: Length = "2048",
     device: o.Device = "auto",
     dtype: o.Dtype = None,
     markdown: Markdown = False,
@@ -34,14 +34,15 @@ def routes(
         if markdown:
             typer.echo(matrix_markdown())
             return
-        found = survey(S=S, device=device_of(device), dtype=dtype)
+        length = o.size(S, "--S")
+        found = survey(S=length, device=device_of(device), dtype=dtype)
         if json:
             for line in found:
                 typer.echo(json_module.dumps(line))
             return
         talk = console()
         table = Table(
-            title=f"routes on {found[0]['device']}, {found[0]['dtype']}, S = {S}", title_justify="left"
+            title=f"routes on {found[0]['device']}, {found[0]['dtype']}, S = {length}", title_justify="left"
         )
         for header in ("branch", "backend", "passes", "here"):
             table.add_column(header, overflow="fold")

@@ -30,7 +30,7 @@ class Step:
 
 
 def steps_of(cell: Cell) -> list[Step]:
-    """The steps of a cell. Decode: at S, or less than a stride before; else the whole prompt in its pieces."""
+    """The steps of a cell. Decode: at S or less than a stride before; else the whole prompt in its pieces."""
     if cell.phase == "decode":
         return [Step(name, weight, ((length - 1, length),)) for name, weight, length in _decode_lengths(cell)]
     size = {"batched": cell.S, "stepwise": 1}.get(cell.mode) or int(cell.mode.partition("=")[2])

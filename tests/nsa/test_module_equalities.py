@@ -201,6 +201,13 @@ def test_packed_sequences_equal_a_loop(options: dict[str, Any], small: Small) ->
         assert_equal(layer, tokens(90, batch=1), loop, partial(layer, cu_seqlens=cu_seqlens))
 
 
+def test_packed_sequences_take_the_route_they_are_given(small: Small) -> None:
+    layer, x, cu_seqlens = build(small()), tokens(90, batch=1), torch.tensor([0, 90])
+    for routing in ("reference", "cmp=off,sel=off", "win=off"):
+        expected = layer(x, routing=routing)
+        assert worst(layer(x, routing=routing, cu_seqlens=cu_seqlens), expected) <= ALLOWED[torch.float64]
+
+
 def test_a_packed_sequence_does_not_see_its_neighbours(small: Small) -> None:
     layer = build(small())
     x, cu_seqlens = tokens(90, batch=1), torch.tensor([0, 40, 90])

@@ -1,0 +1,58 @@
+"""How a sweep is measured, as it is stored and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nsabench.plan import Cell, PlanError
+from nsabench.run import Policy
+
+
+def test_a_policy_comes_back_from_what_is_stored() -> None:
+    policy = Policy(rounds=7, timer="cpu", cache="cold", shares=False)
+    assert Policy.from_dict(policy.to_dict()) == policy
+    with pytest.raises(PlanError, match=r"policy: unknown colour; known: .*rounds"):
+        Policy.from_dict({**policy.to_dict(), "colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rounds": 0}, "--rounds: 0 is not allowed; allowed: 1 to 10000"),
+        ({"rounds": 10_001}, "--rounds: 10001 is not allowed"),
+        ({"rounds": True}, "--rounds: True is not allowed"),
+        ({"timer": "sundial"}, "--timer: 'sundial' is unknown; allowed: auto, cpu, event, graph"),
+        ({"cache": "lukewarm"}, "--cache: 'lukewarm' is unknown; allowed: cold, warm"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{message}"):
+        Policy(**setting)
+
+
+@pytest.mark.parametrize(
+    ("timer", "device", "phase", "used"),
+    [
+        ("auto", "cpu", "decode", "cpu"),
+        ("auto", "cpu", "prefill", "cpu"),
+        ("cpu", "cpu", "prefill", "cpu"),
+        ("auto", "cuda", "decode", "graph"),
+        ("auto", "cuda:1", "prefill", "event"),
+        ("event", "cuda", "decode", "event"),
+    ],
+)
+def test_the_timer_follows_device_and_phase(
+    make_cell: Callable[..., Cell], timer: str, device: str, phase: str, used: str
+) -> None:
+    assert Policy(timer=timer).timer_for(make_cell(device=device, phase=phase)) == used
+
+
+@pytest.mark.parametrize(("timer", "device"), [("graph", "cpu"), ("event", "cpu"), ("cpu", "cuda")])
+def test_a_timer_of_another_device_is_refused(
+    make_cell: Callable[..., Cell], timer: str, device: str
+) -> None:
+    with pytest.raises(PlanError, match=f"--timer: '{timer}' does not time {device}; allowed there: auto"):
+        Policy(timer=timer).timer_for(make_cell(device=device))
