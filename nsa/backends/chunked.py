@@ -20,6 +20,7 @@ from nsa.config import NSAConfig
 
 # Elements of the probability matrix of one chunk, all heads: 2 MiB in fp32, which two cores' L2 caches hold.
 CHUNK_ELEMENTS = 2**19
+ALIGNED_KEYS = 16
 # On a GPU a chunk must fill the machine instead.
 CHUNK_ELEMENTS_GPU = 2**26
 
@@ -50,20 +51,18 @@ def select_blocks(
         own = own_block(position[:, :trivial, None], config)
         every = torch.where(block <= own, block, -1)
         parts.append(every[:, :, None].expand(batch, -1, config.num_kv_heads, -1))
-    on_cpu = q.device.type == "cpu"
+        if trivial == rows:
+            return parts[0]
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = config.group_size
-    # (B*H, T*G, D): the G queries of a token are neighbouring rows, so that a chunk is one matrix product per
-    # KV head.
-    queries = (q[:, trivial:].to(dtype) * (config.scale / math.log(2.0))).unflatten(
-        2, (config.num_kv_heads, group)
-    )
-    queries = queries.transpose(1, 2).flatten(0, 1).flatten(1, 2)
-    keys = k_cmp.transpose(1, 2).flatten(0, 1).to(dtype).contiguous().mT  # (B*H, D, C)
-    step = (CHUNK_ELEMENTS if on_cpu else CHUNK_ELEMENTS_GPU) // max(
-        1, batch * config.num_heads * k_cmp.shape[1]
-    )
-    step = max(16, step)
+    # (B*H, T*G, D): the G queries of a token are neighbouring rows; a chunk is one product per KV head.
+    queries = q[:, trivial:].to(dtype) * (config.scale / math.log(2.0))
+    queries = queries.unflatten(2, (config.num_kv_heads, group)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    # Filled up with keys nobody sees: torch's CPU kernels are far slower over 127 columns than over 128.
+    keys = k_cmp.transpose(1, 2).flatten(0, 1).to(dtype)
+    keys = torch.nn.functional.pad(keys, (0, 0, 0, -keys.shape[1] % ALIGNED_KEYS)).contiguous().mT
+    elements = CHUNK_ELEMENTS if q.device.type == "cpu" else CHUNK_ELEMENTS_GPU
+    step = max(16, elements // max(1, batch * config.num_heads * k_cmp.shape[1]))
     for row in range(trivial, rows, step):
         end = min(row + step, rows)
         seen = None if isinstance(q_start, torch.Tensor) else (q_start + row + 1, q_start + end)
@@ -88,7 +87,8 @@ def _select_rows(
     everyone_sees = 0
     if seen is not None:
         everyone_sees = num_compressed_blocks(seen[0], config)
-        keys = keys[..., : num_compressed_blocks(seen[1], config)]
+        columns = num_compressed_blocks(seen[1], config)
+        keys = keys[..., : columns + -columns % ALIGNED_KEYS]
         num_blocks = min(num_blocks, num_selection_blocks(seen[1], config))
     p = _group_probabilities(q, keys, position, everyone_sees, config)
     scores = _block_scores(p, num_blocks, config)

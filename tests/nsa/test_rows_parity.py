@@ -79,6 +79,18 @@ def test_many_chunks(row: Row, small: Small, draw: Draw, parity: Parity) -> None
     parity(row, draw(row.branch, config, 1037, batch=1), config)
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.backend) for row in TABLE if row.branch == "win"])
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 699, 700, 900])
+@pytest.mark.parametrize("q_start", [0, 37])
+def test_windows(
+    row: Row, window: int, q_start: int, small: Small, draw: Draw, parity: Parity, device: str
+) -> None:
+    config = small(num_heads=2, num_kv_heads=1, window_size=window)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    tensors = draw("win", config, 700 - q_start, batch=1, q_start=q_start, dtype=dtype, device=device)
+    parity(row, tensors, config, q_start=q_start)
+
+
 @each_row
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(192, 128), (64, 64), (16, 32), (24, 8)])
 def test_value_dim_differs_from_head_dim(

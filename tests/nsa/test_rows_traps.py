@@ -181,14 +181,38 @@ def test_any_list(
 
 
 @rows_of("sel")
+@pytest.mark.parametrize("lists", ["nothing", "the first block", "every block"])
+@pytest.mark.parametrize("changed", [17, 40, 63, 65, 100])
+def test_later_lists_change_nothing_bit_for_bit(
+    row: Row, changed: int, lists: str, small: Small, draw: Draw, runnable: Runnable, device: str
+) -> None:
+    """Which earlier rows may take a short cut must not depend on what later rows select."""
+    config = small()
+    tensors = draw("sel", config, 130, device=device)
+    function = runnable(row, tensors, config)
+    tensors["block_indices"] = torch.nn.functional.pad(tensors["block_indices"], (0, 8), value=-1)
+    before = function(**tensors, config=config)
+    later = {
+        "nothing": torch.full((12,), -1),
+        "the first block": torch.tensor([0] + [-1] * 11),
+        "every block": torch.tensor([*range(9), -1, -1, -1]),
+    }
+    tensors["block_indices"] = tensors["block_indices"].clone()
+    tensors["block_indices"][:, changed:] = later[lists].int().to(device)
+    for mine, theirs in zip(before, function(**tensors, config=config), strict=True):
+        assert torch.equal(mine[:, :changed], theirs[:, :changed])
+
+
+@rows_of("sel")
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"]
 )
 def test_hot_block_gathers_the_gradient_of_every_query(
     row: Row, dtype: torch.dtype, small: Small, draw: Draw, parity: Parity, device: str
 ) -> None:
-    config = small(num_heads=8, num_kv_heads=1)
-    tensors = draw("sel", config, 600, batch=1, dtype=dtype, device=device)
+    """The initial block alone: its few keys sum the gradients of 700 queries of 16 heads."""
+    config = small(num_heads=16, num_kv_heads=1, selection_block_size=64)
+    tensors = draw("sel", config, 700, batch=1, dtype=dtype, device=device)
     tensors["block_indices"][..., 1:] = -1
     parity(row, tensors, config)
 
