@@ -326,13 +326,22 @@ def resolve(routing: str | Routing, request: Request) -> Route:
     """
     if isinstance(routing, str):
         routing = Routing.parse(routing)
-    rows = {branch: _choose(branch, getattr(routing, branch), request) for branch in BRANCHES}
+    rows: dict[str, Row | None] = {}
+    reasons: list[str] = []
+    for branch in BRANCHES:
+        name = getattr(routing, branch)
+        found = None if name == "off" else _choose(branch, name, request)
+        if isinstance(found, list):
+            reasons += found
+        else:
+            rows[branch] = found
+    if reasons:
+        raise UnsupportedRoute("; ".join(reasons))
     return Route(rows, **{branch: None if row is None else row.load() for branch, row in rows.items()})
 
 
-def _choose(branch: str, name: str, request: Request) -> Row | None:
-    if name == "off":
-        return None
+def _choose(branch: str, name: str, request: Request) -> Row | list[str]:
+    """The row that computes ``branch``, or the reason of each row asked."""
     reasons = []
     for row in TABLE:
         if row.branch != branch or name not in ("auto", row.backend):
@@ -341,7 +350,7 @@ def _choose(branch: str, name: str, request: Request) -> Row | None:
         if reason is None:
             return row
         reasons.append(f"{branch}={row.backend}: {reason}")
-    raise UnsupportedRoute("; ".join(reasons))
+    return reasons
 
 
 def refusal(row: Row, request: Request) -> str | None:

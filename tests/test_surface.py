@@ -209,3 +209,11 @@ def test_repository_says_nothing_of_machines_and_workplaces() -> None:
         pytest.skip("not a git checkout")
     names = [name for name in done.stdout.decode().split("\0") if (ROOT / name).is_file()]
     report(banned_faults((name, (ROOT / name).read_bytes()) for name in names))
+
+
+def test_readme_shows_the_route_table_as_it_is() -> None:
+    from nsabench.commands._route_table import matrix_markdown
+
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- routes -->")[1].split("<!-- /routes -->")[0].strip()
+    assert shown == matrix_markdown(), "run `nsabench routes --markdown` and put its output between the markers"

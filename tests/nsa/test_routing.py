@@ -205,7 +205,7 @@ def test_auto_without_any_row_gives_every_reason(
 
 def test_a_real_row_refuses_a_device_it_does_not_know(request_on_cpu: Request) -> None:
     with pytest.raises(UnsupportedRoute, match=r"^cmp=sdpa: runs on cpu and cuda, got mps$"):
-        resolve("cmp=sdpa", replace(request_on_cpu, device="mps"))
+        resolve("cmp=sdpa,sel=off,win=off", replace(request_on_cpu, device="mps"))
 
 
 def test_settled_before_anything_runs(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

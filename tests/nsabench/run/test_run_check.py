@@ -29,9 +29,7 @@ def verdict_of(cell: Cell, **more: Any) -> Verdict:
     step = steps_of(cell)[-1]
     ((span, inputs),) = workload.inputs(step, step.spans[-1:])
     gradients = cell.passes != "fwd"
-    return check_arm(
-        inputs, route_at(cell, span), cell.route, workload.config, gradients=gradients, **more
-    )
+    return check_arm(inputs, route_at(cell, span), cell.route, workload.config, gradients=gradients, **more)
 
 
 def on_cpu(row: Row) -> bool:
@@ -41,7 +39,9 @@ def on_cpu(row: Row) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("passes", ["fwd", "bwd"])
-@pytest.mark.parametrize("row", [row for row in TABLE if on_cpu(row)], ids=lambda r: f"{r.branch}={r.backend}")
+@pytest.mark.parametrize(
+    "row", [row for row in TABLE if on_cpu(row)], ids=lambda r: f"{r.branch}={r.backend}"
+)
 def test_every_row_that_runs_here_is_right(make_cell: MakeCell, row: Row, passes: str, dtype: str) -> None:
     cell = make_cell(S=60, B=2, passes=passes, dtype=dtype, route=f"{row.branch}={row.backend}")
     found = verdict_of(cell)

@@ -77,7 +77,9 @@ def test_the_emit_step_completes_a_compressed_block_and_the_plain_step_does_not(
             assert cache.length == step.spans[0][1]
 
 
-@pytest.mark.parametrize("mode", ["batched", "stepwise", "chunked=1", "chunked=7", "chunked=16", "chunked=99"])
+@pytest.mark.parametrize(
+    "mode", ["batched", "stepwise", "chunked=1", "chunked=7", "chunked=16", "chunked=99"]
+)
 @pytest.mark.parametrize("S", [1, 7, 8, 40, 61])
 def test_every_mode_of_prefill_gives_the_same(make_cell: MakeCell, mode: str, S: int) -> None:
     cell = make_cell(mode=mode, S=S, B=2, dtype="fp64")

@@ -188,7 +188,7 @@ def test_switches_are_recorded_and_secrets_and_paths_are_not(monkeypatch: pytest
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "MIG-GPU-1234/1/0,GPU-5678",
         "TRITON_INTERPRET": "1",
-        "TRITON_CACHE_DIR": "/home/ada/.triton",
+        "TRITON_CACHE_DIR": "/srv/ada/.triton",
         "NSA_USE_FA2_WIN": "1",
         "NSA_HOME": "~/nsa",
         "TORCH_LOGS": "dynamo:file:///srv/log",
