@@ -20,9 +20,11 @@ Output = tuple[torch.Tensor, torch.Tensor]
 NEG_INF = float("-inf")
 
 # Rows of a piece: few enough that a triangular or banded one wastes little, enough to feed a matrix product.
+# Large calls also keep several threads busy: each call ends in a barrier.
 BAND_ROWS = 64
-COMPRESSED_ROWS = 256
-CAUSAL_ROWS = 128
+COMPRESSED_ROWS = 1024
+CAUSAL_ROWS = 256
+GROWING_ROWS = 128
 SELECTED_ROWS = 64
 # torch's CPU kernel takes a tenth longer over 575 keys than over 576, and three times as long over 15 as over
 # 16.
@@ -139,7 +141,9 @@ def sliding_pieces(q: torch.Tensor, length: int, config: NSAConfig, q_start: int
     width = config.window_size
     triangles = _Triangles(q)
     pieces: list[Piece] = []
-    for row, end in _chunks(0, q.shape[1], BAND_ROWS):
+    growing = min(q.shape[1], max(0, width - q_start))  # rows whose window still begins at the first key
+    chunks = [*_chunks(0, growing, GROWING_ROWS), *_chunks(growing, q.shape[1], BAND_ROWS)]
+    for row, end in chunks:
         first, last = q_start + row, q_start + end - 1
         key, key_end = max(0, first - width + 1), min(length, last + 1)
         if key_end <= key:

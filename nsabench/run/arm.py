@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from nsabench.stats import median_interval
 from nsabench.store.schema import STAGES
 
 ALONE_SAMPLES = 5
+SHARE_BATCHES = 5
 # Steps of a sample at most; a flush of the cache before each costs far more than a short step.
 COLD_ITERS, WARM_ITERS = 5, 10_000
 # Calls of a step whose backward is profiled at most: torch needs about a second to read the profile of seven.
@@ -229,27 +231,30 @@ class Arm:
                 self.fields |= {f"share_{stage}_pct": part, f"ms_{stage}": part / 100 * total}
 
     def _shares_of(self, variant: Variant) -> Shares:
-        device = self.workload.device
         if self.cell.passes == "fwd":
-            return StageRecorder(device, cache=self.policy.cache).run(
-                variant.step, stage_hook, n=self.policy.share_runs
-            )
+            return self._forward_shares(variant.step)
         calls = len(steps_of(self.cell)[0].spans)
         if calls > PROFILED_CALLS:
             return Shares(1.0, None, f"the backward of {calls} calls is too long to profile")
         runs = 3 if calls == 1 else 1
-        back = backward_shares(self.workload.training_step(self.cell.route), stage_hook, device, n=runs)
+        step = self.workload.training_step(self.cell.route)
+        back = backward_shares(step, stage_hook, self.workload.device, n=runs)
         if self.cell.passes == "bwd":
             return back
-        forward = StageRecorder(device, cache=self.policy.cache).run(
-            self.workload.graph_step(self.cell.route), stage_hook
-        )
+        forward = self._forward_shares(self.workload.graph_step(self.cell.route))
         # A profiled backward is slower than a timed one: it gives the shares, the timer the whole.
         rest = self.fields["ms_total"] - forward.total_ms
         if rest <= 0:
             took = f"the forward took {forward.total_ms:.3g} ms of a step of {self.fields['ms_total']:.3g} ms"
             return Shares(forward.total_ms, None, took)
         return forward.plus(back.scaled(rest))
+
+    def _forward_shares(self, step: Callable[[], object]) -> Shares:
+        """Mean shares over batches of runs, with the total of the middle batch: a pause spoils only one."""
+        recorder = StageRecorder(self.workload.device, cache=self.policy.cache)
+        runs = max(1, self.policy.share_runs // SHARE_BATCHES)
+        batches = [recorder.run(step, stage_hook, n=runs) for _ in range(SHARE_BATCHES)]
+        return Shares.mean(batches).scaled(median(batch.total_ms for batch in batches))
 
     def _alone(self) -> None:
         """The step with only one branch's work: skipped, not gated away. Another metric than the shares."""

@@ -74,9 +74,12 @@ def test_lengths(row: Row, length: int, small: Small, draw: Draw, parity: Parity
 
 
 @each_row
-def test_many_chunks(row: Row, small: Small, draw: Draw, parity: Parity) -> None:
-    config = small(num_heads=2, num_kv_heads=1)
-    parity(row, draw(row.branch, config, 1037, batch=1), config)
+@pytest.mark.parametrize(("heads", "kv_heads", "batch"), [(2, 1, 1), (3, 3, 2)])
+def test_many_chunks(
+    row: Row, heads: int, kv_heads: int, batch: int, small: Small, draw: Draw, parity: Parity
+) -> None:
+    config = small(num_heads=heads, num_kv_heads=kv_heads)
+    parity(row, draw(row.branch, config, 1037, batch=batch), config)
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.backend) for row in TABLE if row.branch == "win"])

@@ -127,7 +127,7 @@ def test_no_nan_rows_beyond_the_keys(
 
 
 @rows_of("sel", "win")
-@pytest.mark.parametrize(("q_start", "rows"), [(20, 40), (28, 3), (31, 1), (20, 90)])
+@pytest.mark.parametrize(("q_start", "rows"), [(0, 90), (20, 40), (28, 3), (31, 1), (20, 90)])
 def test_fewer_keys_than_queries(
     row: Row, q_start: int, rows: int, small: Small, draw: Draw, parity: Parity
 ) -> None:
@@ -213,10 +213,11 @@ def test_later_lists_change_nothing_bit_for_bit(
 def test_hot_block_gathers_the_gradient_of_every_query(
     row: Row, dtype: torch.dtype, heads: int, rows: int, small: Small, draw: Draw, parity: Parity, device: str
 ) -> None:
-    """The initial block alone: its few keys sum the gradients of every query and head."""
+    """The initial block alone: its few keys sum the gradients of every query, but the first, and head."""
     config = small(num_heads=heads, num_kv_heads=1, selection_block_size=64)
     tensors = draw("sel", config, rows, batch=1, dtype=dtype, device=device)
     tensors["block_indices"][..., 1:] = -1
+    tensors["block_indices"][:, 0] = -1
     parity(row, tensors, config)
 
 

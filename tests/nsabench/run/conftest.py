@@ -80,8 +80,8 @@ def create_run(tmp_path: Path) -> Iterator[CreateRun]:
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    """Replace the function behind a row's target, such as `backends.sdpa:sliding_attention`, by one that takes
-    the true function first."""
+    """Replace the function behind a target, such as `backends.sdpa:sliding_attention`, by one that gets the
+    true function first."""
 
     @contextmanager
     def planted(target: str, bug: Callable[..., Any]) -> Iterator[None]:

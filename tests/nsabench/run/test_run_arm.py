@@ -44,7 +44,7 @@ class Clockwork:
 
     made: list[Clockwork]
     answers: Callable[[int, int], float]
-    """Number of the timer, number of the sample (the first is the arm's own, to choose the steps a sample)."""
+    """By number of the timer and of its sample; sample 0 only chooses the steps of the rest."""
 
     def __init__(self, kind: str, device: Any, cache: str) -> None:
         self.name, self.cache, self.output, self.asked = kind, cache, None, []
@@ -63,12 +63,10 @@ class Clockwork:
 
 @pytest.fixture
 def clockwork(monkeypatch: pytest.MonkeyPatch) -> type[Clockwork]:
-    class Mine(Clockwork):
-        made = []
-        answers = staticmethod(lambda timer, sample: 1.0)
-
-    monkeypatch.setattr(arm, "make_timer", Mine)
-    return Mine
+    monkeypatch.setattr(Clockwork, "made", [], raising=False)
+    monkeypatch.setattr(Clockwork, "answers", staticmethod(lambda timer, sample: 1.0), raising=False)
+    monkeypatch.setattr(arm, "make_timer", Clockwork)
+    return Clockwork
 
 
 @pytest.mark.parametrize("d", [4, 1])
@@ -268,7 +266,7 @@ def test_the_library_behind_a_row_is_stored(
 
 
 def test_a_route_that_cannot_run_says_why(make_cell: MakeCell, quick: Policy) -> None:
-    with pytest.raises(Refused, match="^win=fa2: needs a CUDA GPU, got cpu") as found:
+    with pytest.raises(Refused, match=r"^win=fa2: needs a CUDA GPU, got cpu") as found:
         measured(make_cell(route="win=fa2"), quick)
     assert found.value.status == "unsupported"
 
@@ -294,7 +292,7 @@ def test_what_is_not_finite_has_no_error_to_store(make_cell: MakeCell, quick: Po
     made = Arm(cell, Workload(cell), quick)
     with (
         plant(SLIDING, lambda true, *a, **k: (true(*a, **k)[0] / 0, None)),
-        pytest.raises(Refused, match="^output is not finite$") as found,
+        pytest.raises(Refused, match=r"^output is not finite$") as found,
     ):
         made.prepare()
     assert found.value.status == "nan"
@@ -319,7 +317,7 @@ def test_a_backend_that_is_right_only_while_it_is_checked_is_refused(
     cell = make_cell()
     with (
         plant(SLIDING, calls_later(2, lambda out: out * 1.01)),
-        pytest.raises(Refused, match="^the output differs by .* from the one outside the timer$") as found,
+        pytest.raises(Refused, match=r"^the output differs by .* from the one outside the timer$") as found,
     ):
         Arm(cell, Workload(cell), quick).prepare()
     assert found.value.status == "wrong"
@@ -344,6 +342,27 @@ def test_a_result_that_changes_while_it_is_timed_is_refused(
         with pytest.raises(Refused, match=message) as found:
             made.finish()
     assert found.value.status == status
+
+
+def test_one_pause_does_not_spoil_the_shares(
+    make_cell: MakeCell, clockwork: type[Clockwork], quick: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = iter([1.0, 1.2, 60.0, 1.1, 0.9])
+
+    class Recorder:
+        def __init__(self, device: Any, cache: str) -> None:
+            assert cache == "warm"
+
+        def run(self, step: Any, hook: Any, n: int) -> Shares:
+            assert n == 4
+            total = next(totals)
+            cmp = 0.5 if total == 60 else 0.25
+            return Shares(total, {"cmp": cmp * total, "other": (1 - cmp) * total})
+
+    monkeypatch.setattr(arm, "StageRecorder", Recorder)
+    fields = measured(make_cell(), replace(quick, shares=True, share_runs=20)).fields
+    assert fields["share_cmp_pct"] == pytest.approx(30)
+    assert fields["share_other_pct"] == pytest.approx(70)
 
 
 def forward_and_backward(

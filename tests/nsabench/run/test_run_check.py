@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -276,7 +277,7 @@ def test_segments_are_apart_and_hold_every_border(rows: int, elements: int) -> N
     inputs = {"q": torch.empty(1, rows, 4, 8), "k_sel": torch.empty(1, 300, 2, 8)}
     segments = _segments(inputs, config, elements)
     assert all(a < b for a, b in segments)
-    assert all(before[1] <= after[0] for before, after in zip(segments, segments[1:], strict=False))
+    assert all(before[1] <= after[0] for before, after in pairwise(segments))
     checked = {row for a, b in segments for row in range(a, b)}
     assert {0, 7, 8, 11, 12, rows // 2, rows - 1} <= checked
     assert len(checked) <= max(16, elements // (4 * 300))

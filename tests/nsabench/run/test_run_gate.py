@@ -174,6 +174,6 @@ def test_another_output_is_refused() -> None:
     assert found.value.status == "wrong"
     spoilt = expected.clone()
     spoilt[0, 1, 3] = float("nan")
-    with pytest.raises(Refused, match="^the output is not finite$") as found:
+    with pytest.raises(Refused, match=r"^the output is not finite$") as found:
         refuse_other_output(spoilt, expected, "")
     assert found.value.status == "nan"

@@ -33,7 +33,7 @@ def test_decode_steps_emit_or_do_not_and_are_weighted_as_they_occur(
         ends.append(end)
     assert max(ends) == S
     assert min(ends) > S - d or min(ends) == S
-    if S < l:
+    if l > S:
         assert {name: step.weight for name, step in steps.items()} == {"plain": 1.0}
     elif d == 1:
         assert {name: step.weight for name, step in steps.items()} == {"emit": 1.0}
