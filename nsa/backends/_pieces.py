@@ -22,8 +22,9 @@ NEG_INF = float("-inf")
 # Rows of a piece: few enough that a triangular or banded one wastes little, enough to feed a matrix product.
 # Large calls also keep several threads busy: each call ends in a barrier.
 BAND_ROWS = 64
-COMPRESSED_ROWS = 1024
+COMPRESSED_ROWS = 512
 CAUSAL_ROWS = 256
+CAUSAL_FROM = 768  # torch's CPU kernel skips what is above the diagonal from here on
 GROWING_ROWS = 128
 SELECTED_ROWS = 64
 # torch's CPU kernel takes a tenth longer over 575 keys than over 576, and three times as long over 15 as over
@@ -47,8 +48,9 @@ class Patch:
 class Piece:
     """Queries ``[row, row_end)`` attend keys ``[key, key_end)`` but for the patches.
 
-    ``may_be_empty``: some row may hide every key; otherwise each row sees at least one. ``copies``:
-    the same piece again, moved on by its rows each time.
+    ``may_be_empty``: some row may hide every key; otherwise each row sees at least one. ``causal``:
+    row i sees the keys up to the i-th, by the kernel's own mask. ``copies``: the same piece again, moved on
+    by its rows each time.
     """
 
     row: int
@@ -57,6 +59,7 @@ class Piece:
     key_end: int
     patches: tuple[Patch, ...] = ()
     may_be_empty: bool = False
+    causal: bool = False
     copies: int = 1
 
     def each(self) -> list[Piece]:
@@ -219,6 +222,8 @@ def selected_pieces(
 
 def causal_pieces(q: torch.Tensor, rows: int, length: int, q_start: int) -> list[Piece]:
     """The first ``rows`` queries over every key up to each."""
+    if q_start == 0 and CAUSAL_FROM <= rows <= length:
+        return [Piece(0, rows, 0, rows, causal=True)]
     triangles = _Triangles(q)
     pieces = []
     for row, end in _chunks(0, rows, CAUSAL_ROWS):

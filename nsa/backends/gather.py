@@ -9,15 +9,15 @@ grows with ``T * n * l'``, never with S^2.
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from nsa.backends._by_queries import ByQueries
 from nsa.backends._fused import attend_pieces
 from nsa.backends._pieces import NEG_INF, Output, causal_pieces, dense_prefix
-from nsa.blocks import num_selection_blocks, query_positions
+from nsa.blocks import query_positions
 from nsa.config import NSAConfig
 
 # Bytes of gathered K and V of one chunk.
@@ -25,15 +25,6 @@ PACKED_BYTES = 2**26
 PACKED_BYTES_CPU = 2**22
 # Fewer queries than this a sequence do not fill a matrix product per block.
 QUERIES_FROM = 64
-# Logits of one matrix product (rows x l'), so that they stay in the cache.
-TILE_ELEMENTS = 2**19
-# 2^logit neither overflows in a sum nor turns subnormal while |logit| stays under this, so no row maximum is
-# needed.
-SAFE_LOGIT = 96.0
-# Rows are filled up to a multiple of this: a matrix product computes the rows of its last, partial tile by
-# another kernel, and how many later rows chose a block must not change an earlier row by a bit.
-FULL_ROWS = 16
-LN_2 = math.log(2.0)
 
 
 def selected_attention(
@@ -204,215 +195,9 @@ def selected_attention_by_queries(
         parts.append(attend_pieces(q[:, :dense], k, v, causal_pieces(q, dense, k.shape[1], 0), config.scale))
     if dense < q.shape[1]:
         start = q_start + dense
-        parts.append(_ByQueries.apply(q[:, dense:], k, v, block_indices[:, dense:], config, start))
+        parts.append(ByQueries.apply(q[:, dense:], k, v, block_indices[:, dense:], config, start))
     return (
         parts[0]
         if len(parts) == 1
         else (torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1))
     )
-
-
-class _Tile(NamedTuple):
-    """Queries of one sequence and KV head that selected one block: row numbers, the same filled up to whole
-    matrix tiles, key range, and the additive mask ``(own rows, 1, keys)`` of the leading rows that lie inside
-    the block, None when there are none.
-    """
-
-    rows: torch.Tensor
-    filled: torch.Tensor
-    key: int
-    key_end: int
-    diagonal: torch.Tensor | None
-
-
-def _tiles(
-    block_indices: torch.Tensor,
-    position: torch.Tensor,
-    length: int,
-    group: int,
-    config: NSAConfig,
-    dtype: torch.dtype,
-) -> list[_Tile]:
-    """Tiles of one sequence and head. ``block_indices (T,N), position (T,)`` ascending; rows ascend inside
-    a tile.
-    """
-    size = config.selection_block_size
-    num_blocks = num_selection_blocks(length, config)
-    chosen = torch.zeros(len(position), num_blocks + 1, dtype=torch.bool)
-    chosen.scatter_(1, torch.where(block_indices < 0, num_blocks, block_indices).long(), True)
-    block = torch.arange(num_blocks)
-    own = (position // size).unsqueeze(1)
-    # A block that begins after the query is never attended, whoever put it in the list.
-    chosen = chosen[:, :num_blocks] & (block <= own)
-    counts = chosen.sum(0).tolist()
-    own_counts = (chosen & (block == own)).sum(0).tolist()
-    row_of = chosen.t().nonzero()[:, 1]
-    step = max(size, TILE_ELEMENTS // (size * group))
-    triangle = torch.full((size, size), NEG_INF, dtype=dtype).triu(1).unsqueeze(1)
-    tiles, start = [], 0
-    for index, (count, inside) in enumerate(zip(counts, own_counts, strict=True)):
-        key, key_end = index * size, min((index + 1) * size, length)
-        for first in range(start, start + count, step):
-            rows = row_of[first : min(first + step, start + count)]
-            diagonal = None
-            if inside and first == start:
-                offset = position[rows[:inside]] - key
-                diagonal = triangle[offset, :, : key_end - key]
-            filled = torch.nn.functional.pad(rows, (0, -len(rows) % FULL_ROWS))
-            tiles.append(_Tile(rows, filled, key, key_end, diagonal))
-        start += count
-    return tiles
-
-
-def _scores(flat: torch.Tensor, k: torch.Tensor, tile: _Tile, group: int) -> torch.Tensor:
-    """Logits ``(filled rows * G, keys)`` of a tile; ``flat (T, G * D)``."""
-    logits = flat.index_select(0, tile.filled).view(-1, k.shape[1]) @ k[tile.key : tile.key_end].t()
-    if tile.diagonal is not None:
-        inside = tile.diagonal.shape[0]
-        logits[: inside * group].view(inside, group, -1).add_(tile.diagonal)
-    return logits
-
-
-class _ByQueries(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block_indices: torch.Tensor,
-        config: NSAConfig,
-        q_start: int | torch.Tensor,
-    ) -> Output:
-        batch, rows = q.shape[:2]
-        kv_heads, group = config.num_kv_heads, config.group_size
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        position = query_positions(q_start, rows, q.device).expand(batch, -1)
-        queries = _by_head(q, kv_heads, dtype) * (config.scale / LN_2)
-        keys, values = _by_head(k, kv_heads, dtype).squeeze(3), _by_head(v, kv_heads, dtype).squeeze(3)
-        o = torch.empty(batch, rows, kv_heads, group, v.shape[-1], dtype=q.dtype)
-        lse = torch.empty(batch, rows, kv_heads, group, dtype=dtype)
-        plan = []
-        for b in range(batch):
-            for h in range(kv_heads):
-                tiles = _tiles(block_indices[b, :, h], position[b], k.shape[1], group, config, dtype)
-                plan.append(tiles)
-                o[b, :, h], lse[b, :, h] = _forward_head(
-                    queries[b, h], keys[b, h], values[b, h], position[b], tiles
-                )
-        o, lse = o.flatten(2, 3), lse.flatten(2, 3)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.plan, ctx.config = plan, config
-        ctx.mark_non_differentiable(lse)
-        return o, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
-        kv_heads, scale, dtype = ctx.config.num_kv_heads, ctx.config.scale, lse.dtype
-        queries, upstream, out = (_by_head(t, kv_heads, dtype) for t in (q, grad, o))
-        queries = queries * (scale / LN_2)
-        keys, values = _by_head(k, kv_heads, dtype).squeeze(3), _by_head(v, kv_heads, dtype).squeeze(3)
-        log_sum = lse.unflatten(2, (kv_heads, -1)).transpose(1, 2).contiguous()
-        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-        grouped = dq.unflatten(2, (kv_heads, -1))
-        plan = iter(ctx.plan)
-        for b in range(q.shape[0]):
-            for h in range(kv_heads):
-                q_head, k_head, v_head = queries[b, h], keys[b, h], values[b, h]
-                grads = out[b, h], log_sum[b, h], upstream[b, h]
-                head = _backward_head(q_head, k_head, v_head, *grads, next(plan))
-                grouped[b, :, h] = head[0] * scale
-                dk[b, :, h], dv[b, :, h] = head[1], head[2]
-        return dq, dk, dv, None, None, None
-
-
-def _by_head(t: torch.Tensor, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """``(B,T,H*G,D) -> (B,H,T,G,D)``, contiguous: a strided K makes torch's CPU matrix product twice as
-    slow.
-    """
-    return t.unflatten(2, (kv_heads, -1)).transpose(1, 2).to(dtype).contiguous()
-
-
-def _forward_head(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor, tiles: list[_Tile]
-) -> Output:
-    """``q (T,G,D)`` scaled to base 2, ``k (S,D), v (S,DV) -> o (T,G,DV), lse (T,G)``; empty rows 0 and
-    -inf.
-    """
-    rows, group, _ = q.shape
-    flat = q.flatten(1)
-    shift = _shift(flat, k, position, tiles, group)
-    total = q.new_zeros(rows, group * v.shape[1])
-    sums = q.new_zeros(rows, group)
-    for tile in tiles:
-        p = _scores(flat, k, tile, group)
-        if shift is not None:
-            p -= shift.index_select(0, tile.filled).view(-1, 1)
-        p.exp2_()
-        count = len(tile.rows)
-        sums.index_add_(0, tile.rows, p.sum(-1).view(-1, group)[:count])
-        part = p @ v[tile.key : tile.key_end]
-        total.index_add_(0, tile.rows, part.view(len(tile.filled), -1)[:count])
-    empty = sums == 0
-    lse = sums.log() if shift is None else sums.log() + shift * LN_2
-    o = total.view(rows, group, -1) / sums.masked_fill(empty, 1.0).unsqueeze(-1)
-    return o, lse.masked_fill(empty, NEG_INF)
-
-
-def _shift(
-    flat: torch.Tensor, k: torch.Tensor, position: torch.Tensor, tiles: list[_Tile], group: int
-) -> torch.Tensor | None:
-    """What to take from each row's logits before exp2, ``(T,G)``: 0 while none can leave the safe range, else
-    the row's own maximum; None when it is 0 everywhere.
-
-    |q| times the longest key up to the query bounds a row's logits (Cauchy-Schwarz), so the common case costs
-    two norms. Later keys take no part in it: they must not change a row by a bit.
-    """
-    longest = _squares(k).cummax(0).values[position.clamp_max(k.shape[0] - 1)]
-    safe = _squares(flat.view(-1, k.shape[1])).view(-1, group) * longest.unsqueeze(1) <= SAFE_LOGIT**2
-    if bool(safe.all()):
-        return None
-    best = flat.new_full((flat.shape[0], group), NEG_INF)
-    for tile in tiles:
-        top = _scores(flat, k, tile, group).amax(-1).view(-1, group)[: len(tile.rows)]
-        best[tile.rows] = torch.maximum(best[tile.rows], top)
-    return best.masked_fill(safe | (best == NEG_INF), 0.0)
-
-
-def _squares(t: torch.Tensor) -> torch.Tensor:
-    """Squared norm of each row, as a product with ones: torch's norm over a short dim is not vectorised."""
-    return t.square() @ t.new_ones(t.shape[1])
-
-
-def _backward_head(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    tiles: list[_Tile],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of one head from logits ``q k``: to the queries ``(T,G,D)`` (base 2), keys ``(S,D)``,
-    values ``(S,DV)``.
-    """
-    group, dim = q.shape[1:]
-    delta = (grad * o).sum(-1)
-    lse = lse.masked_fill(lse == NEG_INF, 0.0) / LN_2
-    flat, upstreams = q.flatten(1), grad.flatten(1)
-    dq, dk, dv = torch.zeros_like(flat), torch.zeros_like(k), torch.zeros_like(v)
-    for tile in tiles:
-        keys, count = slice(tile.key, tile.key_end), len(tile.rows) * group
-        upstream = upstreams.index_select(0, tile.rows).view(count, -1)
-        p = _scores(flat, k, tile, group)[:count]
-        p -= lse.index_select(0, tile.rows).view(-1, 1)
-        p.exp2_()
-        dv[keys] += p.t() @ upstream
-        ds = upstream @ v[keys].t()
-        ds -= delta.index_select(0, tile.rows).view(-1, 1)
-        ds *= p
-        dk[keys] += ds.t() @ flat.index_select(0, tile.rows).view(-1, dim)
-        dq.index_add_(0, tile.rows, (ds @ k[keys]).view(len(tile.rows), -1))
-    return dq.view_as(q), dk * LN_2, dv
