@@ -216,4 +216,6 @@ def test_readme_shows_the_route_table_as_it_is() -> None:
 
     readme = (ROOT / "README.md").read_text()
     shown = readme.split("<!-- routes -->")[1].split("<!-- /routes -->")[0].strip()
-    assert shown == matrix_markdown(), "run `nsabench routes --markdown` and put its output between the markers"
+    assert shown == matrix_markdown(), (
+        "run `nsabench routes --markdown` and put its output between the markers"
+    )

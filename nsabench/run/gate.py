@@ -21,8 +21,8 @@ from nsabench.run.workload import Inputs, Workload
 
 # Calls of one step to check, spread from the first to the last: a prompt fed token by token has thousands.
 CHECKED_SPANS = 6
-# A product over another number of rows adds in another order, and rotation and compression round what comes of
-# it again. A wrong cache is wrong by the size of its values.
+# A product over another number of rows adds in another order, and rotation and compression round what comes
+# of it again. A wrong cache is wrong by the size of its values.
 CACHE_BUDGETS = 8.0
 # On a GPU a captured step may add in another order than the eager one. Rounding then exchanges a few blocks
 # of nearly equal score, which moves the output by a few percent; another computation moves it by about 100 %.

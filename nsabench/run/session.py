@@ -22,7 +22,7 @@ from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, refuse_wrong_cache
 from nsabench.run.policy import Policy
 from nsabench.run.workload import Workload, least_bytes
-from nsabench.store import DiskError, RunDir
+from nsabench.store import RunDir
 from nsabench.store.schema import without_performance
 
 Fields = dict[str, Any]
@@ -137,9 +137,7 @@ def _guard(arm: Arm, act: Callable[[], None]) -> None:
 
 @contextmanager
 def _failures(fields: dict[str, Any]) -> Iterator[None]:
-    """Turn whatever stops a cell into its status and reason. The disk's refusal and Ctrl-C are not the
-    cell's.
-    """
+    """Turn whatever stops a cell into its status and reason; Ctrl-C is not the cell's."""
     try:
         yield
         return
@@ -149,8 +147,6 @@ def _failures(fields: dict[str, Any]) -> Iterator[None]:
         fields |= {"status": "oom", "reason": _line(error)}
     except MeasureError as error:
         fields |= {"status": "invalid", "reason": str(error)}
-    except DiskError:
-        raise
     except Exception as error:
         out_of_memory = "can't allocate memory" in str(error) or "not enough memory" in str(error)
         fields |= {"status": "oom" if out_of_memory else "error", "reason": _line(error)}

@@ -1,4 +1,4 @@
-"""Rows of the table at lengths where they change their way: the kernel's own causal mask, several tiles a block."""
+"""Rows of the table at lengths where they change their way: one causal call, several tiles a block."""
 
 from __future__ import annotations
 

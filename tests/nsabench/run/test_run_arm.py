@@ -196,13 +196,27 @@ def test_without_shares_alone_and_intervals_their_columns_are_empty(
 def test_each_branch_that_is_on_is_measured_alone(
     make_cell: MakeCell, quick: Policy, plant: Plant, route: str, on: set[str]
 ) -> None:
-    ran: list[str] = []
-    with plant("reference:select_blocks", lambda true, *a, **k: ran.append("score") or true(*a, **k)):
-        fields = measured(make_cell(phase="decode", S=43, route=route), replace(quick, alone=True)).fields
+    cell = make_cell(phase="decode", S=43, route=route)
+    fields = measured(cell, replace(quick, alone=True)).fields
     assert {b for b in ("cmp", "sel", "win") if fields.get(f"ms_alone_{b}")} == on
-    assert bool(ran) == (
-        "score=reference" in route
-    )  # alone too, the selected branch scores as the route says
+
+
+def test_alone_the_selected_branch_scores_as_the_route_says(
+    make_cell: MakeCell, quick: Policy, plant: Plant
+) -> None:
+    counts = []
+    for alone in (False, True):
+        calls: list[int] = []
+
+        def counted(true: Any, *given: Any, **more: Any) -> Any:
+            calls.append(1)  # noqa: B023
+            return true(*given, **more)
+
+        with plant("reference:select_blocks", counted):
+            cell = make_cell(phase="decode", S=43, route="score=reference")
+            measured(cell, replace(quick, alone=alone, sample_ms=1e-6))
+        counts.append(len(calls))
+    assert counts[1] - counts[0] == 2 * (3 + 5)  # for each kind of step: warm-up and samples
 
 
 def test_alone_is_the_weighted_median_of_the_branchs_own_steps(

@@ -278,7 +278,7 @@ def test_no_rounds_are_run_for_the_dead(make_cell: MakeCell, create_run: CreateR
     assert not any(text.startswith("round") for text in watcher.activities)
 
 
-def test_a_dead_arm_lets_go_of_what_it_held(
+def test_a_dead_arm_lets_go_of_what_it_held_at_once(
     make_cell: MakeCell, create_run: CreateRun, quick: Policy, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arms: list[arm.Arm] = []
@@ -288,11 +288,20 @@ def test_a_dead_arm_lets_go_of_what_it_held(
         arms.append(make(*given))
         return arms[-1]
 
+    class Looker(Watcher):
+        held: tuple[bool, ...] = ()
+
+        def activity(self, text: str) -> None:
+            if text == "round 6 of 6":
+                self.held = tuple(bool(a._timers or a._first) for a in arms)
+
     monkeypatch.setattr(session, "Arm", kept)
     cells = [make_cell(route=route) for route in ("win=sdpa", "win=reference")]
+    watcher = Looker()
     with plant(SLIDING, raising(RuntimeError("boom"), 8)):
-        run_plan(cells, quick, create_run(cells), Watcher())
+        run_plan(cells, quick, create_run(cells), watcher)
     assert [a.fields["status"] for a in arms] == ["error", "ok"]
+    assert watcher.held == (False, True)
     assert not any(a._timers or a._first for a in arms)
 
 
