@@ -16,7 +16,7 @@ from nsabench.commands.routes import routes
 
 app = typer.Typer(
     name="nsabench",
-    help="Measure Native Sparse Attention: how fast, through which backend, and whether the result was right.",
+    help="Measure Native Sparse Attention: how fast, through which backend, and whether it was right.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,9 +23,17 @@ Mode = Annotated[
     typer.Option(
         "--mode",
         metavar="MODE",
-        help="How the prompt goes in: batched (at once), chunked=N (N tokens a call) or stepwise (one).",
+        help="How the prompt goes in: batched (at once), chunked=N (N tokens a call), stepwise (one), or env.",
     ),
 ]
+
+
+def mode_of(mode: str, environ: Mapping[str, str]) -> str:
+    """`env` settled as an earlier code did: batched where NSA_PREFILL_BATCHED is on, else token by token."""
+    if mode != "env":
+        return mode
+    on = environ.get("NSA_PREFILL_BATCHED", "").strip().lower() in ("1", "true", "yes", "on")
+    return "batched" if on else "stepwise"
 
 
 def prefill(
@@ -73,7 +83,7 @@ def prefill(
             batches=B,
             routes=routes,
             passes=wanted,
-            mode=mode,
+            mode=mode_of(mode, os.environ),
             device=device,
             dtype=dtype,
             seed=seed,

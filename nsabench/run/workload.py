@@ -138,7 +138,6 @@ class Workload:
         """
         cache = self._cache_before(step.spans[0][0])
         for start, end in step.spans:
-            # Not inference_mode: what the layer keeps from here must serve a backward too.
             with torch.no_grad():
                 found = self.layer.attention_inputs(self.x[:, start:end], cache)
             if (start, end) in wanted:
