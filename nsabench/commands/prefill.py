@@ -23,7 +23,7 @@ Mode = Annotated[
     typer.Option(
         "--mode",
         metavar="MODE",
-        help="How the prompt goes in: batched (at once), chunked=N (N tokens a call), stepwise (one), or env.",
+        help="How the prompt goes in: batched (at once), chunked=N (N tokens a call), stepwise or env.",
     ),
 ]
 
