@@ -95,7 +95,8 @@ class _Session:
             ended = self.clock()
         telemetry = sampler.readings
         for arm in arms:
-            self.observer.activity(f"stages, branches and memory of {arm.cell.route}")
+            if arm.fields["status"] == "ok":
+                self.observer.activity(f"stages, branches and memory of {arm.cell.route}")
             _guard(arm, arm.finish)
             arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
             arm.release()

@@ -76,7 +76,8 @@ def test_routes_tell_what_runs_here_and_why_not(call: Call) -> None:
 def test_a_short_prompt_takes_another_row(call: Call) -> None:
     def taken(S: str) -> str:
         rows = call("routes", "--device", "cpu", "--S", S, "--json").rows
-        return next(row["backend"] for row in rows if row["auto"] and row["branch"] == "sel")
+        (backend,) = [row["backend"] for row in rows if row["auto"] and row["branch"] == "sel"]
+        return backend
 
     assert (taken("1k"), taken("1025")) == ("sdpa", "gather")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -107,11 +108,12 @@ def test_ctrl_c_in_a_real_sweep(
     assert "Traceback" not in err
     run = the_run()
     done = [first, *(json.loads(line)["cell_id"] for line in rest.splitlines())]
-    assert list(run.cells["cell_id"]) == done
-    assert len(done) < 7
-    how = f"nsabench resume results/{run.run_id}"
-    assert err.splitlines()[-1] == (
-        f"nsabench: interrupted; {len(done)} of 7 cells are finished and kept, {how} goes on"
+    assert list(run.cells["cell_id"])[: len(done)] == done
+    assert len(done) <= len(run.cells) <= min(len(done) + 1, 6)  # the signal may come before a row is printed
+    assert re.fullmatch(
+        rf"nsabench: interrupted; [{len(done)}{len(run.cells)}] of 7 cells are finished and kept, "
+        rf"nsabench resume results/{run.run_id} goes on",
+        err.splitlines()[-1],
     )
 
 
