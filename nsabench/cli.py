@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -13,6 +14,8 @@ from nsabench.commands.plot import plot
 from nsabench.commands.prefill import prefill
 from nsabench.commands.resume import resume
 from nsabench.commands.routes import routes
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="nsabench",
@@ -42,5 +45,22 @@ for command in (decode, prefill, resume, plot, routes, doctor):
 
 
 def main() -> None:
-    """The `nsabench` command."""
-    app()
+    """The `nsabench` command. What the parser refuses ends like any bad usage: one line, exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        code = _exit_code(error)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_code(error: Exception) -> int:
+    """Say what the parser's own errors mean, whichever copy of click typer brings along; others are raised."""
+    if type(error).__name__ == "Abort":
+        return INTERRUPTED
+    if not hasattr(error, "format_message"):
+        raise error
+    message = " ".join(error.format_message().split()).rstrip(".")
+    sys.stderr.write(f"nsabench: {message or 'no command given'}; see nsabench --help\n")
+    return 2

@@ -89,7 +89,10 @@ def _rows(t: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """``(B,T,H*G,D) -> (B*H, 1, T*G, D)``: the G queries of a token are neighbouring rows over one K and V,
     so that a group is one matrix product instead of G small ones. A view for keys (G = 1) of one sequence.
     """
-    return t.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2).unsqueeze(1)
+    batch, length, heads, dim = t.shape
+    group = heads // kv_heads
+    apart = t.reshape(batch, length, kv_heads, group, dim).transpose(1, 2)
+    return apart.reshape(batch * kv_heads, 1, length * group, dim)
 
 
 def _apart(rows: torch.Tensor, group: int) -> torch.Tensor:
@@ -119,8 +122,8 @@ def _causal_backward(
 def _heads(rows: torch.Tensor, like: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """The inverse, ``(B*H, T*G, ...) -> (B,T,H*G,...)``, for the batch and length of ``like``."""
     batch, length, heads = like.shape[:3]
-    split = rows.unflatten(1, (length, heads // kv_heads)).unflatten(0, (batch, kv_heads))
-    return split.transpose(1, 2).flatten(2, 3)
+    apart = rows.reshape(batch, kv_heads, length, heads // kv_heads, *rows.shape[2:]).transpose(1, 2)
+    return apart.reshape(batch, length, heads, *rows.shape[2:])
 
 
 class _Pieces(torch.autograd.Function):
