@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _exit_code(error: Exception) -> int:
-    """Say what the parser's own errors mean, whichever copy of click typer brings along; others are raised."""
+    """Say what the parser's own errors mean, whichever copy of click typer has; others are raised."""
     if type(error).__name__ == "Abort":
         return INTERRUPTED
     if not hasattr(error, "format_message"):
