@@ -171,8 +171,8 @@ def sliding_pieces(q: torch.Tensor, length: int, config: NSAConfig, q_start: int
 
 
 def dense_prefix(block_indices: torch.Tensor, config: NSAConfig, q_start: int) -> int:
-    """Number of leading rows of ``block_indices (B,T,H,N)`` that select every block up to their own, in every
-    head.
+    """Number of leading rows of ``block_indices (B,T,H,N)`` that list every block up to their own, ascending,
+    in every head.
 
     Read on the host, once. Only rows at positions before ``N l'`` can.
     """
@@ -182,9 +182,8 @@ def dense_prefix(block_indices: torch.Tensor, config: NSAConfig, q_start: int) -
         return 0
     taken = block_indices[:, :rows]
     own = (_arange(q_start, q_start + rows, taken.device) // size)[:, None, None]
-    chosen = torch.zeros(*taken.shape[:3], slots + 1, dtype=torch.bool, device=taken.device)
-    chosen.scatter_(-1, torch.where((taken < 0) | (taken > own), slots, taken).long(), True)
-    incomplete = (chosen[..., :slots].sum(-1, keepdim=True) <= own).flatten(2).any(-1).any(0)
+    block = _arange(0, slots, taken.device)
+    incomplete = ((taken != block) & (block <= own)).flatten(2).any(-1).any(0)
     return int(incomplete.int().argmax()) if bool(incomplete.any()) else rows
 
 
