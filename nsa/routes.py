@@ -126,6 +126,18 @@ def _flash(request: Request) -> str | None:
     return None if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
 
 
+_CPP_LIBRARY = "nsa.backends._cpp_library"
+
+
+def _cpp(request: Request) -> str | None:
+    if request.device != "cpu":
+        return f"runs on cpu, got {request.device}"
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
+    why: str | None = _load(f"{_CPP_LIBRARY}:why_not")()
+    return why
+
+
 def _varlen_by_name(request: Request) -> str | None:
     return "a variant of fa2, which takes the kernel for packed sequences where lengths differ"
 
@@ -159,6 +171,18 @@ def _fa2(branch: str, variant: str = "", **more: Any) -> Row:
     )
 
 
+def _compiled(branch: str) -> Row:
+    return _row(
+        branch,
+        "cpp",
+        "backends.cpp",
+        _cpp,
+        where="cpu: fp32, fp16, bf16",
+        passes=("fwd",),
+        library=f"{_CPP_LIBRARY}:provider",
+    )
+
+
 def _passes(branch: str) -> tuple[str, ...]:
     return ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
 
@@ -166,8 +190,11 @@ def _passes(branch: str) -> tuple[str, ...]:
 TABLE: tuple[Row, ...] = (
     _fa2("cmp"),
     _fa2("cmp", ":varlen", avoid=_varlen_by_name),
+    _compiled("cmp"),
     _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
+    _compiled("score"),
     _row("score", "chunked", "backends.chunked", _runs_anywhere, passes=("fwd",)),
+    _compiled("sel"),
     _row("sel", "sdpa", "backends.sdpa", _fused_sdpa, avoid=_short_only),
     _row("sel", "gather", "backends.gather", _runs_anywhere),
     Row(
@@ -188,6 +215,7 @@ TABLE: tuple[Row, ...] = (
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
     _fa2("win"),
     _fa2("win", ":varlen", avoid=_varlen_by_name),
+    _compiled("win"),
     _row("win", "sdpa", "backends.sdpa", _fused_sdpa),
     *(
         _row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto, passes=_passes(branch))

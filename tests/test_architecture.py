@@ -50,7 +50,7 @@ NSABENCH_FLOORS: dict[str, set[str]] = {
     "present": {"plan", "stats", "store"},
     "measure": set(),
     "peers": {"nsa"},
-    "run": {"plan", "stats", "store", "measure", "nsa"},
+    "run": {"plan", "stats", "store", "measure", "peers", "nsa"},
     "history": {"plan", "stats", "store", "run"},
     "commands": {"plan", "stats", "store", "present", "measure", "peers", "run", "history", "nsa"},
     "cli": {"commands"},
