@@ -1,0 +1,192 @@
+"""From intervals to a verdict: what may be said of two arms that were timed in the same rounds.
+
+A comparison has a margin, `delta`, 1 %: smaller differences are not worth a word. One arm runs twice under
+two names, and that A/A interval is the session's own noise: where it is wider than the margin, a difference
+must be beyond it too. Equality is never granted for noise: SAME always means inside `delta`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from nsabench.stats.intervals import MIN_VALUES, Interval, StatsError, Values, paired_logs, paired_ratio
+
+DELTA = 0.01
+"""Smallest margin, as a fraction: the largest difference in time that counts as none."""
+
+VERDICTS = ("FASTER", "SLOWER", "SAME", "INCONCLUSIVE", "INVALID")
+
+Verdict = Literal["FASTER", "SLOWER", "SAME", "INCONCLUSIVE", "INVALID"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a comparison says of `b` beside `a`.
+
+    `ratio` is time of b over time of a (below 1, b is faster), with the signed-rank interval; `mean` the
+    geometric mean ratio with the t-interval, beside it for whoever prefers that. `delta` is what a difference
+    had to pass, a fraction: the margin or the session's noise; `aa` the ratio of one arm to itself; `p_value`
+    that of the signed-rank test, corrected where several comparisons were judged together; `why` the verdict
+    in words.
+    """
+
+    verdict: Verdict
+    ratio: Interval
+    mean: Interval
+    delta: float
+    aa: Interval | None
+    p_value: float | None
+    why: str
+
+
+def judge(
+    a: Values,
+    b: Values,
+    *,
+    aa: tuple[Values, Values] | None = None,
+    delta: float = DELTA,
+    confidence: float = 0.95,
+) -> Judgement:
+    """Judge times `b` against times `a`, pair by pair of the same round, any one unit.
+
+    `aa`: times of one arm that ran twice in these rounds. `delta`: the smallest margin, a fraction above 0.
+
+    FASTER and SLOWER: the interval excludes 1 and the point is beyond `delta` and beyond the A/A interval.
+    SAME: the interval is inside `delta`. INCONCLUSIVE: neither, or fewer than 6 rounds. INVALID: the arm that
+    ran twice differs from itself by more than `delta`. StatsError for unequal lengths, no pairs, or a value
+    that is not positive.
+    """
+    if not (isinstance(delta, int | float) and 0 < delta < 1):
+        raise StatsError(f"delta is {delta}; it must be a fraction between 0 and 1, as 0.01 for 1 %")
+    ratio = paired_ratio(b, a, confidence)
+    own = None if aa is None else paired_ratio(aa[1], aa[0], confidence)
+    margin = max(delta, noise_floor(own))
+    verdict, why = _verdict(ratio, own, delta, margin)
+    p_value = _signed_rank_p(b, a) if ratio.n >= MIN_VALUES else None
+    return Judgement(verdict, ratio, mean_ratio(b, a, confidence), margin, own, p_value, why)
+
+
+def noise_floor(aa: Interval | None) -> float:
+    """How far an arm may lie from itself, as a fraction: the farther end of its A/A interval, or 0."""
+    if aa is None or aa.lo is None or aa.hi is None:
+        return 0.0
+    return math.expm1(max(abs(math.log(aa.lo)), abs(math.log(aa.hi))))
+
+
+def mean_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
+    """Geometric mean of a/b over pairs, with the t-interval of the log-ratios; no bounds below 6 pairs.
+
+    Raises StatsError as `paired_ratio`.
+    """
+    logs = paired_logs(a, b)
+    point, n = float(np.mean(logs)), len(logs)
+    if n < MIN_VALUES:
+        return Interval(math.exp(point), None, None, n)
+    reach = float(scipy_stats.t.ppf((1 + confidence) / 2, n - 1) * scipy_stats.sem(logs))
+    return Interval(math.exp(point), math.exp(point - reach), math.exp(point + reach), n)
+
+
+def geometric_mean(
+    pairs: Sequence[tuple[Values, Values]], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
+) -> Interval:
+    """Geometric mean over cells of a/b, each cell by its Hodges-Lehmann ratio; `n` counts the cells.
+
+    The interval resamples the rounds of each cell (percentile bootstrap): it says how well these cells are
+    known, not what other cells would give. None below 6 rounds in any cell. StatsError for no cells, and as
+    `paired_ratio`.
+    """
+    if not pairs:
+        raise StatsError("a geometric mean needs at least one cell, got none")
+    logs = [paired_logs(a, b) for a, b in pairs]
+    point = float(np.mean([_hodges_lehmann(cell[None, :])[0] for cell in logs]))
+    if min(len(cell) for cell in logs) < MIN_VALUES:
+        return Interval(math.exp(point), None, None, len(logs))
+    random = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for cell in logs:
+        total += _hodges_lehmann(cell[random.integers(0, len(cell), (resamples, len(cell)))])
+    low, high = np.quantile(total / len(logs), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(math.exp(point), math.exp(low), math.exp(high), len(logs))
+
+
+def correct(judgements: Sequence[Judgement], method: Literal["holm", "bh"]) -> list[Judgement]:
+    """Judgements of several comparisons, each with its p-value corrected for their number.
+
+    `holm` holds the chance of any false alarm at 5 % (gates), `bh` the part of alarms that are false
+    (Benjamini-Hochberg; reports). FASTER and SLOWER whose corrected p-value is above 5 % become INCONCLUSIVE.
+    """
+    if method not in ("holm", "bh"):
+        raise StatsError(f"correction {method!r} is unknown; allowed: holm, bh")
+    places = [i for i, j in enumerate(judgements) if j.p_value is not None and j.verdict != "INVALID"]
+    p_values = np.array([judgements[i].p_value for i in places], dtype=np.float64)
+    corrected = dict(zip(places, _holm(p_values) if method == "holm" else _bh(p_values), strict=True))
+    found = []
+    for place, judgement in enumerate(judgements):
+        if place in corrected:
+            judgement = replace(judgement, p_value=float(corrected[place]))
+            if judgement.verdict in ("FASTER", "SLOWER") and corrected[place] > 0.05:
+                why = f"not beyond chance among {len(places)} comparisons (p = {corrected[place]:.2g})"
+                judgement = replace(judgement, verdict="INCONCLUSIVE", why=why)
+        found.append(judgement)
+    return found
+
+
+def _verdict(ratio: Interval, aa: Interval | None, delta: float, margin: float) -> tuple[Verdict, str]:
+    if aa is not None and _beyond(aa, delta):
+        return "INVALID", f"an arm timed twice differs from itself by {_percent(aa.point)}"
+    if ratio.lo is None or ratio.hi is None:
+        return "INCONCLUSIVE", f"{ratio.n} rounds give no interval; {MIN_VALUES} do"
+    if 1 / (1 + delta) <= ratio.lo and ratio.hi <= 1 + delta:
+        return "SAME", f"the interval lies inside the margin of {100 * delta:.2g} %"
+    within = f"the {'margin' if margin == delta else 'A/A noise'} of {100 * margin:.2g} %"
+    if ratio.lo > 1 and ratio.point > 1 + margin:
+        return "SLOWER", f"{_percent(ratio.point)} in time, beyond {within}"
+    if ratio.hi < 1 and ratio.point < 1 / (1 + margin):
+        return "FASTER", f"{_percent(ratio.point)} in time, beyond {within}"
+    if ratio.lo > 1 or ratio.hi < 1:
+        return (
+            "INCONCLUSIVE",
+            f"a difference of {_percent(ratio.point)}, no more than {within}; more rounds tell",
+        )
+    return "INCONCLUSIVE", f"the interval holds 1 and reaches beyond {within}; more rounds narrow it"
+
+
+def _beyond(interval: Interval, delta: float) -> bool:
+    """Whether an interval lies wholly outside the margin; one without bounds does not."""
+    if interval.lo is None or interval.hi is None:
+        return False
+    return interval.lo > 1 + delta or interval.hi < 1 / (1 + delta)
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2g} %"
+
+
+def _signed_rank_p(a: Values, b: Values) -> float:
+    logs = paired_logs(a, b)
+    if not np.any(logs):
+        return 1.0
+    return float(scipy_stats.wilcoxon(logs, method="exact" if len(logs) <= 50 else "approx").pvalue)
+
+
+def _hodges_lehmann(logs: np.ndarray) -> np.ndarray:
+    """Median of all pairwise means of each row, ``(rows, n) -> (rows,)``."""
+    first, second = np.triu_indices(logs.shape[1])
+    return np.asarray(np.median((logs[:, first] + logs[:, second]) / 2, axis=1))
+
+
+def _holm(p_values: np.ndarray) -> np.ndarray:
+    """Adjusted p-values: the k-th smallest of m times ``m - k + 1``, never below one before it."""
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def _bh(p_values: np.ndarray) -> np.ndarray:
+    return np.asarray(scipy_stats.false_discovery_control(p_values)) if len(p_values) else p_values
