@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
 import torch
 
+from nsa.routes import TABLE
+from nsabench.commands._sweep import device_of
 from nsabench.measure import open_sampler
+from nsabench.measure.peaks import Peaks, calibrate
 from nsabench.store import capture_environment
+from nsabench.store.machine import load_peaks, peaks_file, save_peaks
 
 BUSY_PCT = 20.0
 PROBE_S = 0.5
@@ -32,10 +37,42 @@ def diagnose() -> dict[str, Any]:
             f"{g['name']} ({g['sm_count']} SMs, {g['memory_bytes'] / 2**30:.0f} GiB)"
             for g in environment["gpus"]
         ),
+        **{f"peaks of {device}": _peaks_text(peaks) for device, peaks in _peaks(environment).items()},
         "switches": ", ".join(f"{name}={value}" for name, value in environment["env"].items()),
     }
-    findings = [*_cpu_findings(about, usable), *_gpu_findings(environment), *_library_findings(environment)]
+    findings = [
+        *_cpu_findings(about, usable),
+        *_gpu_findings(environment),
+        *_library_findings(environment),
+        *_compiler_findings(),
+        *_peaks_findings(environment),
+    ]
     return {"machine": machine, "findings": findings}
+
+
+def calibrate_device(device: str, *, tell: Callable[[str], None]) -> None:
+    """Measure the peaks of a device and keep them for later runs; PlanError where it is not there."""
+    device = device_of(device)
+    tell(f"calibrating {device}; other work on this machine would spoil it")
+    peaks = calibrate(device, tell=lambda what: tell(f"  {what}"))
+    save_peaks(peaks_file(capture_environment(), device), peaks.to_dict())
+
+
+def _peaks(environment: Mapping[str, Any]) -> dict[str, Peaks | None]:
+    """What is known of each device: the CPU, and every GPU that torch sees."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(len(environment["gpus"])))]
+    stored = {device: load_peaks(peaks_file(environment, device)) for device in devices}
+    return {device: Peaks.from_dict(found) if found else None for device, found in stored.items()}
+
+
+def _peaks_text(peaks: Peaks | None) -> str:
+    if peaks is None:
+        return "not measured"
+    rates = ", ".join(f"{dtype} {1e3 * rate:.4g}" for dtype, rate in peaks.matmul_tflops.items())
+    overheads = {"launch": peaks.launch_us, "event": peaks.event_us, "graph": peaks.graph_us}
+    known = "".join(f", {name} {value:.2g} µs" for name, value in overheads.items() if value is not None)
+    clock = f"clock {peaks.clock_us:.2g} µs{known}"
+    return f"copy {peaks.copy_gbps:.4g} GB/s; matrix product, GFLOP/s: {rates}; {clock}"
 
 
 def _finding(level: str, text: str) -> dict[str, str]:
@@ -115,3 +152,23 @@ def _library_findings(environment: dict[str, Any]) -> list[dict[str, str]]:
     instead = "fa2 routes use the FlashAttention-2 kernels inside torch"
     install = "pip install 'nsabench[flash-attn]'"
     return [_finding("info", f"flash_attn is not installed: {instead}; for the package: {install}")]
+
+
+def _compiler_findings() -> list[dict[str, str]]:
+    row = next(row for row in TABLE if row.backend == "cpp")
+    provider = row.provider()
+    if provider:
+        return [_finding("ok", f"CPU kernels are compiled by {provider}")]
+    return [
+        _finding(
+            "info", "no CPU kernels (cpp): no C++ compiler was found, or it failed: nsabench routes says why"
+        )
+    ]
+
+
+def _peaks_findings(environment: Mapping[str, Any]) -> list[dict[str, str]]:
+    unknown = [device for device, peaks in _peaks(environment).items() if peaks is None]
+    if not unknown:
+        return []
+    text = f"peaks of {', '.join(unknown)} are not measured: nsabench doctor --calibrate on a quiet machine"
+    return [_finding("info", text)]

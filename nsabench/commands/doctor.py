@@ -12,13 +12,26 @@ from rich.text import Text
 from nsabench.commands._console import console, one_line_errors
 
 Json = Annotated[bool, typer.Option("--json", help="The same as one JSON object on stdout.")]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Measure this machine's peaks first (copy bandwidth, matrix rates, overheads) and keep them: "
+        "later runs say what part of them a step reaches, and refuse what is beyond.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="What to calibrate: auto, cpu, cuda or cuda:N.")
+]
 
 
-def doctor(json: Json = False) -> None:
-    """Show this machine, its libraries, and what stands in the way of good numbers."""
+def doctor(calibrate: Calibrate = False, device: Device = "auto", json: Json = False) -> None:
+    """Show this machine, its libraries, its peaks, and what stands in the way of good numbers."""
     with one_line_errors():
-        from nsabench.commands._diagnosis import diagnose
+        from nsabench.commands._diagnosis import calibrate_device, diagnose
 
+        if calibrate:
+            calibrate_device(device, tell=console(stderr=True).print)
         found = diagnose()
         if json:
             typer.echo(json_module.dumps(found, indent=1))

@@ -52,5 +52,7 @@ def routes(
             )
             table.add_row(line["branch"], line["backend"], " ".join(line["passes"]), Text(here))
         talk.print(table)
-        for provider in sorted({line["provider"] for line in found if line["provider"]}):
-            talk.print(f"fa2 runs through {provider}", markup=False)
+        for backend, provider in sorted(
+            {(row["backend"], row["provider"]) for row in found if row["provider"]}
+        ):
+            talk.print(f"{backend} runs through {provider}", markup=False)
