@@ -1,6 +1,13 @@
 """Pure functions on samples. Needs neither torch nor nsa."""
 
-from nsabench.stats.intervals import Interval, StatsError, median_interval, paired_ratio, paired_ratios
+from nsabench.stats.intervals import (
+    Interval,
+    StatsError,
+    median_interval,
+    paired_ratio,
+    paired_ratios,
+    unpaired_ratio,
+)
 from nsabench.stats.verdicts import (
     DELTA,
     VERDICTS,
@@ -26,4 +33,5 @@ __all__ = [
     "noise_floor",
     "paired_ratio",
     "paired_ratios",
+    "unpaired_ratio",
 ]

@@ -14,6 +14,9 @@ MIN_VALUES = 6
 _EXACT = 200
 """Most pairs for which the signed-rank distribution is computed exactly; beyond, the normal one serves."""
 
+_EXACT_PAIRS = 900
+"""Most pairs for which the rank-sum distribution is counted exactly."""
+
 _BATCH = 2_000_000
 """Most pairwise means held at a time."""
 
@@ -81,6 +84,21 @@ def paired_ratios(pairs: Sequence[tuple[Values, Values]], confidence: float = 0.
     return [found[place] for place in range(len(logs))]
 
 
+def unpaired_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
+    """Ratio a/b of times from two sessions, in one unit: what differed between the sessions is in it.
+
+    The point is the Hodges-Lehmann shift of the logs (median of all differences), the interval that of the
+    rank-sum test, both turned back into a ratio; `n` is the smaller count. Bounds are None where either has
+    fewer than 6 values. StatsError for no values, or one that is not finite and positive.
+    """
+    first, second = np.log(_positive(a, "a")), np.log(_positive(b, "b"))
+    n, m = len(first), len(second)
+    shifts = np.sort(np.subtract.outer(first, second).ravel())
+    lo, hi = _bounds(shifts, min(n, m), _rank_sum_cdf(n, m), confidence)
+    lo, hi = (None if bound is None else math.exp(bound) for bound in (lo, hi))
+    return Interval(math.exp(float(np.median(shifts))), lo, hi, min(n, m))
+
+
 def paired_logs(a: Values, b: Values) -> npt.NDArray[np.float64]:
     """log(a/b) pair by pair; StatsError as `paired_ratio`."""
     first, second = _positive(a, "a"), _positive(b, "b")
@@ -114,6 +132,23 @@ def _signed_rank_cdf(n: int) -> npt.NDArray[np.float64]:
         chance[rank:] = chance[rank:] + chance[:-rank]
         chance /= 2
     return np.cumsum(chance)
+
+
+def _rank_sum_cdf(n: int, m: int) -> npt.NDArray[np.float64]:
+    """P(U <= u) for u = 0 .. n m, U the number of pairs in order when both samples are alike."""
+    total = n * m
+    if total > _EXACT_PAIRS:
+        spread = math.sqrt(total * (n + m + 1) / 12)
+        return np.asarray(special.ndtr((np.arange(total + 1) + 0.5 - total / 2) / spread))
+    # Coefficients of the Gaussian binomial: each of the n values passes 0 to m of the others.
+    ways = np.zeros(total + 1)
+    ways[0] = 1.0
+    for i in range(1, n + 1):
+        if m + i <= total:
+            ways[m + i :] = ways[m + i :] - ways[: -(m + i)]
+        for place in range(i, total + 1):
+            ways[place] += ways[place - i]
+    return np.cumsum(ways) / ways.sum()
 
 
 def _positive(values: Values, name: str) -> npt.NDArray[np.float64]:

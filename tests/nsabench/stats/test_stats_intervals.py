@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nsabench.stats import Interval, StatsError, median_interval, paired_ratio
+from nsabench.stats import Interval, StatsError, median_interval, paired_ratio, unpaired_ratio
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -191,3 +191,48 @@ def test_statistics_need_neither_torch_nor_the_attention() -> None:
     code = "import sys, nsabench.stats; print(sorted({'torch', 'nsa'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_unpaired_ratio_of_a_worked_example() -> None:
+    """Hollander and Wolfe, table 4.1: shift of two samples of 10 and 5, here as logs."""
+    a = [0.73, 0.80, 0.83, 1.04, 1.38, 1.45, 1.46, 1.64, 1.89, 1.91]
+    b = [0.74, 0.88, 0.90, 1.15, 1.21]
+    found = unpaired_ratio(np.exp(a), np.exp(b))
+    assert math.log(found.point) == pytest.approx(0.305)
+    assert (found.lo, found.hi, found.n) == (None, None, 5)
+    whole = unpaired_ratio(np.exp(a), np.exp([*b, 0.95]))
+    assert whole.lo is not None
+    assert whole.hi is not None
+    assert whole.lo < whole.point < whole.hi
+
+
+@pytest.mark.parametrize(("n", "m", "critical"), [(6, 6, 5), (8, 7, 10), (10, 10, 23), (15, 12, 49)])
+def test_unpaired_interval_against_the_rank_sum_table(n: int, m: int, critical: int) -> None:
+    """Two-sided 5 % critical values of U: the interval's ends are the next differences from either end."""
+    random = np.random.default_rng(n)
+    a, b = np.exp(random.normal(0, 1, n)), np.exp(random.normal(0, 1, m))
+    shifts = np.sort(np.subtract.outer(np.log(a), np.log(b)).ravel())
+    found = unpaired_ratio(a, b)
+    assert found.lo == pytest.approx(math.exp(shifts[critical]))
+    assert found.hi == pytest.approx(math.exp(shifts[-critical - 1]))
+
+
+@pytest.mark.parametrize(("n", "m"), [(12, 15), (40, 45)])
+def test_unpaired_interval_covers(n: int, m: int) -> None:
+    random = np.random.default_rng(2)
+    held = 0
+    for _ in range(400):
+        found = unpaired_ratio(1.3 * np.exp(random.normal(0, 0.1, n)), np.exp(random.normal(0, 0.1, m)))
+        assert found.lo is not None
+        assert found.hi is not None
+        held += found.lo <= 1.3 <= found.hi
+    assert held >= 0.93 * 400
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 100))
+def test_unpaired_ratio_turned_round(seed: int, scale: float) -> None:
+    random = np.random.default_rng(seed)
+    a, b = np.exp(random.normal(0, 0.3, 9)) * scale, np.exp(random.normal(0, 0.3, 7))
+    there, back = unpaired_ratio(a, b), unpaired_ratio(b, a)
+    assert back.point == pytest.approx(1 / there.point)
+    assert back.lo == pytest.approx(1 / there.hi)  # type: ignore[operator]
