@@ -8,12 +8,16 @@ from typing import Annotated
 import typer
 
 from nsabench import __version__
+from nsabench.commands._flat import flat
 from nsabench.commands.decode import decode
 from nsabench.commands.doctor import doctor
+from nsabench.commands.merge import merge
 from nsabench.commands.plot import plot
 from nsabench.commands.prefill import prefill
+from nsabench.commands.results import results
 from nsabench.commands.resume import resume
 from nsabench.commands.routes import routes
+from nsabench.commands.suite import suite
 
 INTERRUPTED = 130
 
@@ -40,8 +44,9 @@ def _root(
 ) -> None: ...
 
 
-for command in (decode, prefill, resume, plot, routes, doctor):
+for command in (flat(decode), flat(prefill), resume, results, merge, plot, routes, doctor):
     app.command()(command)
+app.add_typer(suite)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch
 from nsa.routes import BRANCHES, TABLE, Request, Row, backends, refusal
 from nsabench.commands._options import ON_CPU, ON_GPU
 from nsabench.plan import PlanError
-from nsabench.run.workload import DTYPES
+from nsabench.run.steps import DTYPES
 
 TITLES = {"cmp": "compressed", "score": "scores and top-n", "sel": "selected", "win": "sliding"}
 

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
-from nsabench.commands._console import console, one_line_errors
+from nsabench.commands import _stored as s
+from nsabench.commands._console import complain, console, one_line_errors
 
-RunPaths = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="One run's folder, or several in one figure.")
+Paths = Annotated[
+    list[Path],
+    typer.Argument(metavar="RUN...", help="A run's folder, several in one figure, or a folder of runs."),
 ]
 Formats = Annotated[str, typer.Option("--formats", metavar="FORMATS", help="png, svg, or both: png,svg.")]
 Out = Annotated[
@@ -19,15 +21,39 @@ Out = Annotated[
         "--out", metavar="FOLDER", help="Folder for the figures; a folder per run (or set) is made in it."
     ),
 ]
+Most = Annotated[
+    int,
+    typer.Option("--most", metavar="INT", min=1, help="Shapes to draw; of more, those with the most sizes."),
+]
 
 
-def plot(runs: RunPaths, out: Out = Path("plots"), formats: Formats = "png,svg") -> None:
-    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine."""
+def plot(
+    runs: Paths,
+    out: Out = Path("plots"),
+    formats: Formats = "png,svg",
+    where: s.Where = None,
+    tag: s.Tag = None,
+    since: s.Since = None,
+    most: Most = 8,
+) -> None:
+    """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine.
+
+    Figures stay readable: what there is no room for is said, in the figure and here.
+    """
     with one_line_errors():
-        from nsabench.present.plots import plot_run
+        from nsabench.present.plots import plot_run, set_name
+        from nsabench.present.selecting import parse_where
         from nsabench.store import load_run
 
-        loaded = [load_run(path) for path in runs]
-        folder = out / "+".join(run.run_id for run in loaded)
-        for file in plot_run(loaded, folder, [part.strip() for part in formats.split(",")]):
+        condition = parse_where(where or ())
+        loaded = s.stored_runs(runs, load_run, tag or (), since)
+        files = plot_run(
+            loaded,
+            out / set_name([run.run_id for run in loaded]),
+            [part.strip() for part in formats.split(",")],
+            keep=condition or None,
+            most=most,
+            note=complain,
+        )
+        for file in files:
             console().print(str(file), soft_wrap=True, markup=False)

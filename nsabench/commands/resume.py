@@ -23,14 +23,15 @@ def resume(
     plots: o.Plots = Path("plots"),
     no_plots: o.NoPlots = False,
     json: o.Json = False,
+    in_process: o.InProcess = False,
 ) -> None:
     """Finish an interrupted run with its own plan and settings: repeats no finished cell, loses none.
 
     Refused on another machine, commit or torch, where new rows could not stand beside the old ones.
     """
     with one_line_errors():
+        from nsabench.commands._execute import carry_on
         from nsabench.commands._same_machine import refuse_other_machine
-        from nsabench.commands._sweep import carry_on
         from nsabench.store import RunDir, capture_environment, load_run
 
         # All that may refuse comes before the run is opened: opening repairs what a crash left half-written.
@@ -50,6 +51,7 @@ def resume(
                 json_lines=json,
                 heading=heading,
                 process=int(stored.samples["process"].max()) + 1 if len(stored.samples) else 0,
+                in_process=in_process,
             )
     raise typer.Exit(code)
 

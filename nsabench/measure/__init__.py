@@ -2,7 +2,7 @@
 
 from nsabench.measure.backward import backward_shares
 from nsabench.measure.device import MeasureError, gpu_uuid, resolve_device
-from nsabench.measure.memory import PeakMemory, peak_memory
+from nsabench.measure.memory import PeakMemory, available_bytes, peak_memory
 from nsabench.measure.nvml import NvmlSampler, open_sampler
 from nsabench.measure.stages import STAGES, Shares, StageRecorder
 from nsabench.measure.timers import (
@@ -29,6 +29,7 @@ __all__ = [
     "Shares",
     "StageRecorder",
     "Timer",
+    "available_bytes",
     "backward_shares",
     "choose_iters",
     "gpu_uuid",

@@ -26,3 +26,9 @@ def recorded(profiler: torch.profiler.profile) -> Any:
     if inner is None or inner.kineto_results is None:
         raise MeasureError("torch.profiler recorded nothing; is another profiler active?")
     return inner.kineto_results
+
+
+def operators(profiler: torch.profiler.profile) -> list[str]:
+    """Names of the torch operators that ran, without their namespace, in the order they began."""
+    names = [event.name() for event in recorded(profiler).events()]
+    return [name.removeprefix("aten::") for name in names if name.startswith("aten::")]

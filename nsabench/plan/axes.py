@@ -1,7 +1,9 @@
 """The axis grammar of the command line and of suites: lists of sizes and lists of routes."""
 
+import difflib
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 MAX_VALUES = 10_000
 """Longest list one axis may name; more is a slip of the pen."""
@@ -11,6 +13,9 @@ MAX_INT = 2**63 - 1
 
 _SUFFIX = {"": 1, "k": 1024, "m": 1024**2}
 _NUMBER = re.compile(r"(-?[0-9]{1,19})([kKmM]?)")
+_DURATION = re.compile(r"[0-9]+([.][0-9]+)?|([0-9]+([.][0-9]+)?(ms|[smhd])){1,5}")
+_PART = re.compile(r"([0-9.]+)(ms|[smhd]|$)")
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _RANGE = re.compile(r"([^:]*):([^:]*):\s*([xX+])([^:]*)")
 
 
@@ -37,7 +42,19 @@ def parse_ints(text: str, *, name: str = "--S", minimum: int = 1) -> list[int]:
     return list(values)
 
 
-def parse_routes(text: str) -> list[str]:
+def sizes_text(values: Sequence[int]) -> str:
+    """Axis text that `parse_ints` reads as these sizes: `1k:64k:x2` for four and more that double."""
+    if len(values) > 3 and all(b == 2 * a for a, b in itertools.pairwise(values)):
+        return f"{_short(values[0])}:{_short(values[-1])}:x2"
+    return ",".join(map(_short, values))
+
+
+def _short(value: int) -> str:
+    unit = next((unit for unit in ("m", "k") if value and value % _SUFFIX[unit] == 0), "")
+    return f"{value // _SUFFIX[unit]}{unit}"
+
+
+def parse_routes(text: str, *, name: str = "--routes") -> list[str]:
     """The routes that `text` names, separated by semicolons: `auto; sdpa; cmp=fa2,sel=triton`.
 
     Spaces around a route, its commas and its equals signs are dropped. Raises PlanError for an empty route
@@ -48,12 +65,29 @@ def parse_routes(text: str) -> list[str]:
         route = re.sub(r"\s*([,=])\s*", r"\1", item.strip())
         if not route:
             raise PlanError(
-                f"--routes: an empty route in {text!r}; separate routes by one ';', as in 'auto;sdpa'"
+                f"{name}: an empty route in {text!r}; separate routes by one ';', as in 'auto;sdpa'"
             )
         if route in routes:
-            raise PlanError(f"--routes: {route!r} is given twice in {text!r}; name each route once")
+            raise PlanError(f"{name}: {route!r} is given twice in {text!r}; name each route once")
         routes.append(route)
     return routes
+
+
+def parse_duration(text: str, *, name: str = "--budget") -> float:
+    """Seconds in `text`: `90`, `90s`, `1.5h`, `1h30m`. PlanError for anything else and for no time at all."""
+    match = _DURATION.fullmatch(text.strip())
+    parts = [] if match is None else [(part, _SECONDS[unit]) for part, unit in _PART.findall(match[0])]
+    seconds = sum(float(part) * unit for part, unit in parts)
+    if not 0 < seconds < MAX_INT:
+        raise PlanError(f"{name}: {text!r} is not a length of time; allowed: 90s, 9m, 1h30m, above 0")
+    return seconds
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a complaint about an unknown name: the likeliest known one, else all of them."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {found[0]}?" if found else f"known: {', '.join(names)}"
 
 
 def _expand(item: str, name: str, minimum: int) -> Iterator[int]:

@@ -4,22 +4,32 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nsabench.plan.axes import MAX_INT, PlanError
 
-_ALLOWED = {
+_PATTERN = {
     "phase": r"decode|prefill|train",
     "passes": r"fwd|bwd|fwd_bwd",
+    "scope": r"module|core",
     "mode": r"batched|stepwise|chunked=[1-9][0-9]*",
     "dtype": r"fp64|fp32|fp16|bf16",
     "device": r"cpu|cuda|cuda:[0-9]+",
-    "selection": r"natural|random|overlap=0(\.[0-9]+)?|file=.+",
+    "selection": r"natural|random|overlap=0(\.([0-8][0-9]*|9([0-4][0-9]*|50*)?))?|file=.+",
     "impl": r"\S+",
     "route": r"\S+",
 }
+IMPLS = ("nsa", "dense")
+"""What can be measured: NSA itself, and dense causal attention of the same shape."""
+
+BASELINES = IMPLS[1:]
+"""What NSA is compared with. A baseline has no route: its cells say ``auto``."""
+
+_LATER: dict[str, Any] = {"scope": "module", "twin": 0}
+"""Fields that the first stored plans lack, and what those plans meant."""
+
 _SAY = {
     "mode": "batched, stepwise or chunked=N with N at least 1",
     "device": "cpu, cuda or cuda:N",
@@ -35,13 +45,16 @@ class Cell:
 
     Sizes are in tokens (`S, l, d, l_sel, w`), sequences (`B`), blocks (`n_sel`), heads (`heads, groups`) and
     channels (`dim, dk, dv`), each at least 1. Whether the sizes fit each other is for the attention's own
-    configuration to say.
+    configuration to say. `scope` is what is timed: `module`, the layer from its projections to its output,
+    or `core`, the attention alone on given inputs. `twin` tells apart cells that are equal but for it: a
+    comparison times one arm twice, as its own control.
     """
 
     phase: str
     passes: str
     mode: str
     impl: str = "nsa"
+    scope: str = "module"
     S: int
     B: int
     dim: int
@@ -58,25 +71,32 @@ class Cell:
     device: str
     selection: str = "natural"
     seed: int
+    twin: int = 0
     route: str
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int:
-                _check_int(field.name, value, minimum=0 if field.name == "seed" else 1)
+                _check_int(field.name, value, minimum=0 if field.name in ("seed", "twin") else 1)
             else:
                 _check_text(field.name, value)
+        if self.impl != "nsa" and self.route != "auto":
+            raise PlanError(f"cell: route is {self.route!r}; {self.impl} has no routes, only auto")
 
     @property
     def cell_id(self) -> str:
         """12 hex digits that depend on every field: the same cell has the same id in every run."""
-        return _digest(self.to_dict())
+        return _digest(self._told_apart())
 
     @property
     def group_key(self) -> str:
-        """12 hex digits that depend on every field but the route: cells that share it run interleaved."""
-        return _digest({k: v for k, v in self.to_dict().items() if k != "route"})
+        """12 hex digits of all but impl, route and twin: cells that share it are measured together."""
+        return _digest({k: v for k, v in self._told_apart().items() if k not in ("impl", "route", "twin")})
+
+    def _told_apart(self) -> dict[str, Any]:
+        """The fields; those that came later only where they say something: ids outlive versions."""
+        return {k: v for k, v in self.to_dict().items() if _LATER.get(k) != v}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields in order; JSON holds it, `from_dict` takes it back."""
@@ -84,7 +104,11 @@ class Cell:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Cell":
-        """The cell with exactly these fields; PlanError when one is unknown or missing."""
+        """The cell with exactly these fields; PlanError when one is unknown or missing.
+
+        `scope` and `twin` may be missing: plans stored before them meant the module and no twin.
+        """
+        fields = {**_LATER, **fields}
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = [repr(name) for name in fields if name not in known]
         if unknown:
@@ -95,8 +119,17 @@ class Cell:
         return cls(**fields)
 
 
-def sweep(*, S: list[int], B: list[int], routes: list[str], passes: list[str], **fixed: Any) -> list[Cell]:
-    """Every combination, ordered by B, then passes, then S, with the routes of one shape adjacent.
+def sweep(
+    *,
+    S: list[int],
+    B: list[int],
+    routes: list[str],
+    passes: list[str],
+    baselines: Sequence[str] = (),
+    **fixed: Any,
+) -> list[Cell]:
+    """Every combination, ordered by B, then passes, then S, with the arms of one shape adjacent: the routes
+    as given, then the `baselines`, which are impls of the same shape.
 
     `fixed` holds the other fields of Cell; those with a default may be left out. Duplicates on an axis are
     dropped. PlanError for an empty axis, and as `Cell.from_dict`.
@@ -105,14 +138,16 @@ def sweep(*, S: list[int], B: list[int], routes: list[str], passes: list[str], *
     for name, values in axes.items():
         if not values:
             raise PlanError(f"sweep: {name} is empty; give at least one value")
-    defaults = {"impl": "nsa", "selection": "natural"}
-    return [
-        Cell.from_dict({**defaults, **fixed, "B": b, "passes": p, "S": s, "route": route})
+    fixed = {"impl": "nsa", "selection": "natural", **fixed}
+    arms = [{"route": route} for route in routes] + [{"impl": name, "route": "auto"} for name in baselines]
+    cells = [
+        Cell.from_dict({**fixed, "B": b, "passes": p, "S": s, **arm})
         for b in dict.fromkeys(B)
         for p in dict.fromkeys(passes)
         for s in dict.fromkeys(S)
-        for route in dict.fromkeys(routes)
+        for arm in arms
     ]
+    return list(dict.fromkeys(cells))
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -135,11 +170,21 @@ def _check_int(name: str, value: object, minimum: int) -> None:
         raise PlanError(f"cell: {name} is {value}; it must be at least {minimum} and below 2**63")
 
 
+def fits(name: str, value: object) -> bool:
+    """Whether the text field `name` of a cell may hold `value`."""
+    return isinstance(value, str) and re.fullmatch(_PATTERN[name], value) is not None
+
+
+def pattern(name: str) -> str:
+    """The regular expression that the text field `name` matches as a whole."""
+    return _PATTERN[name]
+
+
+def allowed(name: str) -> str:
+    """What the text field `name` may hold, in words."""
+    return _SAY.get(name, _PATTERN[name].replace("|", ", "))
+
+
 def _check_text(name: str, value: object) -> None:
-    allowed = _ALLOWED[name]
-    fits = isinstance(value, str) and re.fullmatch(allowed, value) is not None
-    if fits and name == "selection":
-        kind, _, number = str(value).partition("=")
-        fits = kind != "overlap" or float(number) <= 0.95
-    if not fits:
-        raise PlanError(f"cell: {name} is {value!r}; allowed: {_SAY.get(name, allowed.replace('|', ', '))}")
+    if not fits(name, value):
+        raise PlanError(f"cell: {name} is {value!r}; allowed: {allowed(name)}")

@@ -1,14 +1,13 @@
 """A cell in words: its numbers as they stand in tables and plain lines."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from nsabench.present.frame import Row, baselines, shares_of, speeds
+from nsabench.present.frame import Row, is_dense, shares_of
+from nsabench.present.pairing import Compared
 from nsabench.present.wording import (
     MISSING,
+    arm_text,
     bytes_text,
     digits,
     fields_text,
@@ -22,25 +21,6 @@ from nsabench.stats import Interval
 MAIN_STAGES = ("cmp", "score", "sel", "win")
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A cell, its baseline (which may be itself) and its speed relative to that, where there is one."""
-
-    row: Row
-    base: Row
-    speed: Interval | None
-
-
-def compare(
-    rows: Sequence[Row], samples: pd.DataFrame | None = None, order: Sequence[str] = ()
-) -> list[Compared]:
-    """Each row with its baseline and speed; see `frame.speeds`."""
-    return [
-        Compared(*parts)
-        for parts in zip(rows, baselines(rows, order), speeds(rows, samples, order), strict=True)
-    ]
-
-
 def plain_row(row: Row) -> dict[str, Any]:
     """The row with None for everything that is missing."""
     return {name: None if value == "" else value for name, value in row.items()}
@@ -49,13 +29,15 @@ def plain_row(row: Row) -> dict[str, Any]:
 def cell_line(cell: Compared) -> str:
     """The cell in one plain line, for a pipe or a log."""
     row = cell.row
-    head = f"{fields_text(row, ('phase', 'passes', 'S', 'B'))} {row['route']}: {row['status']}"
+    scope = " core" if row["scope"] == "core" else ""
+    head = f"{fields_text(row, ('phase', 'passes', 'S', 'B'))}{scope} {arm_text(row)}: {row['status']}"
     if row["status"] != "ok":
         return f"{head}: {row['reason']}"
     parts = [f"{scaled(row['ms_total'])} ms{_in_brackets(time_range(row))}"]
-    if cell.speed is not None:
-        base = cell.base["route"]
-        parts.append(f"{speed_text(cell)}x{_in_brackets(speed_range(cell))} the speed of {base}")
+    for other, speed in ((cell.base, cell.speed), (cell.dense, cell.x_dense)):
+        if other is not None and speed is not None:
+            interval = range_text(speed.lo, speed.hi, ratio_text)
+            parts.append(f"{ratio_text(speed.point)}x{_in_brackets(interval)} the speed of {arm_text(other)}")
     if row["reads_tokens"] is not None:
         parts.append(f"reads {reads_text(row)}")
     if row["peak_alloc_bytes"] is not None:
@@ -64,9 +46,18 @@ def cell_line(cell: Compared) -> str:
         parts.append(f"{whole(row['power_w'])} W")
     if row["sm_clock_mhz"] is not None:
         parts.append(f"{whole(row['sm_clock_mhz'])} MHz")
-    if shares_of(row):
+    if shares_of(row) and not is_dense(row):
         parts.append(f"{'/'.join(MAIN_STAGES)} {short_shares(row)} %")
     return f"{head}, {', '.join(parts)}"
+
+
+def last_line(shape: Sequence[Compared]) -> str:
+    """The last of the cells of one shape in one plain line; of dense attention also how it compares."""
+    line = cell_line(shape[-1])
+    if shape[-1].dense is not shape[-1].row:
+        return line
+    faster = [f"{arm_text(c.row)} {ratio_text(c.x_dense.point)}x" for c in shape if c.x_dense is not None]
+    return f"{line}; relative to it: {', '.join(faster)}" if faster else line
 
 
 def scaled(value: float | None, factor: float = 1.0) -> str:
@@ -80,27 +71,26 @@ def time_range(row: Row, per_ms: float = 1.0) -> str:
     return range_text(lo, hi, digits)
 
 
-def speed_text(cell: Compared) -> str:
-    """1 for a baseline, "-" where there is no speed."""
-    if cell.speed is None:
-        return "1" if cell.row is cell.base else MISSING
-    return ratio_text(cell.speed.point)
-
-
-def speed_range(cell: Compared) -> str:
-    """The interval of the speed; empty for a baseline."""
-    if cell.speed is None:
-        return "" if cell.row is cell.base else MISSING
-    return range_text(cell.speed.lo, cell.speed.hi, ratio_text)
-
-
-def speed_object(cell: Compared) -> dict[str, Any] | None:
-    """The speed for JSON."""
-    speed = cell.speed
+def speed_text(row: Row, other: Row | None, speed: Interval | None) -> str:
+    """1 for the cell that is compared with, "-" where there is no speed, empty where nothing is compared."""
     if speed is None:
+        return "" if other is None else "1" if row is other else MISSING
+    return ratio_text(speed.point)
+
+
+def speed_range(row: Row, other: Row | None, speed: Interval | None) -> str:
+    """The interval of the speed; empty for the cell that is compared with."""
+    if speed is None:
+        return "" if other is None or row is other else MISSING
+    return range_text(speed.lo, speed.hi, ratio_text)
+
+
+def speed_object(other: Row | None, speed: Interval | None) -> dict[str, Any] | None:
+    """The speed for JSON."""
+    if speed is None or other is None:
         return None
     return {
-        "baseline": cell.base["route"],
+        "baseline": arm_text(other),
         "point": speed.point,
         "lo": speed.lo,
         "hi": speed.hi,

@@ -43,7 +43,7 @@ class Line:
     label: str
     color: str
     marker: str
-    dash: str
+    dash: Any
     marks: tuple[Mark, ...]
 
     @property
@@ -87,12 +87,7 @@ def value_figure(panel: Panel, lines: Sequence[Line], what: str, scale: Scale) -
         return _dots(panel, lines, f"{what}, S={panel.sizes[0]}", scale, values)
     figure = new_figure(panel, what, 4.1)
     axes = figure.subplots()
-    known = [line for line in lines if line.known]
-    handles: list[Any] = [
-        _draw_line(axes, line, len(known) - 1 - i if scale.nested else 0) for i, line in enumerate(known)
-    ]
-    if scale.reference is not None:
-        axes.axhline(scale.reference, color=GREY, linewidth=1, zorder=1)
+    handles = _draw_lines(axes, lines, scale)
     size_axis(axes, panel.sizes)
     value_axis(axes, values, "y", scale.text, binary=scale.binary, zero=scale.reference is None)
     axes.set_ylabel(scale.label)
@@ -100,6 +95,13 @@ def value_figure(panel: Panel, lines: Sequence[Line], what: str, scale: Scale) -
     columns = min(4, max(1, 100 // (max(len(h.get_label()) for h in handles) + 7)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+def _draw_lines(axes: Axes, lines: Sequence[Line], scale: Scale) -> list[Any]:
+    known = [line for line in lines if line.known]
+    if scale.reference is not None:
+        axes.axhline(scale.reference, color=GREY, linewidth=1, zorder=1)
+    return [_draw_line(axes, line, len(known) - 1 - i if scale.nested else 0) for i, line in enumerate(known)]
 
 
 def _draw_line(axes: Axes, line: Line, above: int) -> ErrorbarContainer:

@@ -1,32 +1,37 @@
-"""The four figures of a panel. Each returns None when the panel has nothing that it could show."""
+"""The figures of a panel. Each returns None when the panel has nothing that it could show."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nsabench.present.drawing import Line, Mark, Scale, new_figure, value_figure
-from nsabench.present.frame import Row, shares_of
-from nsabench.present.panels import Panel, Point, Series
+from nsabench.present.frame import Row, is_dense, shares_of
+from nsabench.present.pairing import Compared
+from nsabench.present.panels import Panel, Series
 from nsabench.present.style import GREY, RUN_DASHES, STAGE_COLOURS, RouteStyle
-from nsabench.present.wording import bytes_text, digits, folded, ratio_text, tokens_text
+from nsabench.present.wording import arm_text, bytes_text, digits, folded, ratio_text, tokens_text
+from nsabench.stats import Interval
 from nsabench.store.schema import STAGES
 
 Styles = Mapping[str, RouteStyle]
 
+_MOST_SHARES = 8
 _ITEM_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 
 
 def time_figure(panel: Panel, styles: Styles) -> Figure | None:
     """Median time of a step over S with its 95 % interval, a line for each route."""
-    slowest = max(p.row["ms_total"] for s in panel.series for p in s.points if p.ok)
+    slowest = max(c.row["ms_total"] for s in panel.series for c in s.cells if c.row["status"] == "ok")
     factor, unit = (1000.0, "µs") if slowest < 1 else (1.0, "ms")
 
-    def mark(point: Point) -> Mark:
-        time, lo, hi = (_number(point.row[name], factor) for name in ("ms_total", "ms_lo", "ms_hi"))
-        return Mark(point.row["S"], time, lo, hi, point.row["status"])
+    def mark(cell: Compared) -> Mark:
+        time, lo, hi = (_number(cell.row[name], factor) for name in ("ms_total", "ms_lo", "ms_hi"))
+        return Mark(cell.row["S"], time, lo, hi, cell.row["status"])
 
     scale = Scale(f"time of one step, {unit}", digits)
     return value_figure(
@@ -39,18 +44,28 @@ def speed_figure(panel: Panel, styles: Styles) -> Figure | None:
 
     None without a second route to compare.
     """
+    bases = {arm_text(c.base) for s in panel.series for c in s.cells if c.base and c.speed}
+    base = bases.pop() if len(bases) == 1 else "the first route"
+    return _ratio_figure(panel, styles, base, lambda cell: cell.speed)
 
-    def mark(point: Point) -> Mark:
-        speed = point.speed
+
+def dense_figure(panel: Panel, styles: Styles) -> Figure | None:
+    """Speed relative to dense attention over S with its 95 % interval; None where none was measured."""
+    return _ratio_figure(panel, styles, "dense", lambda cell: cell.x_dense)
+
+
+def _ratio_figure(
+    panel: Panel, styles: Styles, base: str, speed_of: Callable[[Compared], Interval | None]
+) -> Figure | None:
+    def mark(cell: Compared) -> Mark:
+        speed = speed_of(cell)
         if speed is None:
-            return Mark(point.row["S"], status=point.row["status"])
-        return Mark(point.row["S"], speed.point, _number(speed.lo), _number(speed.hi))
+            return Mark(cell.row["S"], status=cell.row["status"])
+        return Mark(cell.row["S"], speed.point, _number(speed.lo), _number(speed.hi))
 
     lines = [line for line in _route_lines(panel, styles, mark) if line.known]
     if not lines:
         return None
-    bases = {p.baseline for s in panel.series for p in s.points if p.speed}
-    base = bases.pop() if len(bases) == 1 else "the first route"
     scale = Scale(f"speed, {base} = 1", ratio_text, reference=1.0)
     return value_figure(panel, lines, f"speed relative to {base}, with 95 % interval", scale)
 
@@ -61,17 +76,17 @@ def memory_figure(panel: Panel, styles: Styles) -> Figure | None:
     None when neither a peak nor a cache is known.
     """
 
-    def mark(point: Point) -> Mark:
-        return Mark(point.row["S"], _number(point.row["peak_alloc_bytes"]), status=point.row["status"])
+    def mark(cell: Compared) -> Mark:
+        return Mark(cell.row["S"], _number(cell.row["peak_alloc_bytes"]), status=cell.row["status"])
 
-    points = [p for s in panel.series for p in s.points]
+    rows = [c.row for s in panel.series for c in s.cells]
     lines = [line for line in _route_lines(panel, styles, mark) if line.known]
-    cache = {p.row["S"]: p.row["kv_cache_bytes"] for p in points if p.row["kv_cache_bytes"]}
+    cache = {row["S"]: row["kv_cache_bytes"] for row in rows if row["kv_cache_bytes"] and not is_dense(row)}
     if cache:
         lines.append(_cache_line("KV cache", "h", "-", cache))
     if not lines:
         return None
-    dense = {p.row["S"]: dense_cache_bytes(p.row) for p in points}
+    dense = {row["S"]: dense_cache_bytes(row) for row in rows}
     lines.append(_cache_line("KV cache of dense attention, computed", "", "--", dense))
     return value_figure(
         panel,
@@ -88,12 +103,17 @@ def dense_cache_bytes(row: Row) -> int:
 
 def shares_figure(panel: Panel, styles: Styles) -> Figure | None:
     """A bar per S for each route, stacked from its stages to 100 %; None when no cell has shares."""
-    shown = [s for s in panel.series if any(shares_of(p.row) for p in s.points)]
+    shown = [s for s in panel.series if any(shares_of(c.row) for c in s.cells)]
     if not shown:
         return None
+    what = "share of each stage in the time of one step"
+    if len(shown) > _MOST_SHARES:
+        last = max(s.run for s in shown)
+        what += f" in {panel.runs[last]}" if len(panel.runs) > 1 else ""
+        shown = [s for s in shown if s.run == last][:_MOST_SHARES]
     columns = min(2 if len(panel.sizes) > 3 else 4, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = new_figure(panel, "share of each stage in the time of one step", 0.5 + 2.6 * rows)
+    figure = new_figure(panel, what, 0.5 + 2.6 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     used: set[str] = set()
     for axes, series in zip(grid.flat, shown, strict=False):
@@ -110,30 +130,35 @@ def shares_figure(panel: Panel, styles: Styles) -> Figure | None:
 
 
 def _stacked_bars(axes: Axes, series: Series, sizes: Sequence[int]) -> set[str]:
-    by_size = {p.row["S"]: p for p in series.points}
-    used: set[str] = set()
+    by_size = {c.row["S"]: c.row for c in series.cells}
+    boxes: dict[str, list[list[tuple[float, float]]]] = {}
     for place, size in enumerate(sizes):
-        point = by_size.get(size)
-        shares = shares_of(point.row) if point else None
+        row = by_size.get(size)
+        shares = shares_of(row) if row else None
         if shares is None:
-            why = "not measured" if point is None else "no shares" if point.ok else point.row["status"]
+            why = "not measured" if row is None else "no shares" if row["status"] == "ok" else row["status"]
             axes.text(place, 3, why, rotation=90, ha="center", va="bottom", fontsize=9, color=GREY)
             continue
         bottom = 0.0
         for stage, share in shares.items():
-            color = STAGE_COLOURS[stage]
-            axes.bar(place, share, 0.82, bottom, color=color, edgecolor="white", linewidth=0.6, label=stage)
+            left, right, top = place - 0.41, place + 0.41, bottom + share
+            if share > 0:
+                boxes.setdefault(stage, []).append(
+                    [(left, bottom), (left, top), (right, top), (right, bottom)]
+                )
             if share >= 8 and len(sizes) <= 10:
-                _write_on(axes, place, bottom + share / 2, f"{share:.0f}", color)
-            bottom += share
-        used |= {stage for stage, share in shares.items() if share > 0}
+                _write_on(axes, place, bottom + share / 2, f"{share:.0f}", STAGE_COLOURS[stage])
+            bottom = top
+    for stage, drawn in boxes.items():
+        style: Any = {"facecolors": STAGE_COLOURS[stage], "edgecolors": "white", "linewidths": 0.6}
+        axes.add_collection(PolyCollection(drawn, label=stage, **style), autolim=False)
     step = math.ceil(len(sizes) / 10)
     axes.set_xticks(range(0, len(sizes), step), [tokens_text(s) for s in sizes[::step]])
     axes.set_xlim(-0.6, len(sizes) - 0.4)
     axes.set_ylim(0, 100)
     axes.set_yticks(range(0, 101, 25))
     axes.grid(visible=False)
-    return used
+    return set(boxes)
 
 
 def _write_on(axes: Axes, x: float, y: float, text: str, background: str) -> None:
@@ -142,14 +167,14 @@ def _write_on(axes: Axes, x: float, y: float, text: str, background: str) -> Non
     axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color="white" if dark else "black")
 
 
-def _route_lines(panel: Panel, styles: Styles, mark: Callable[[Point], Mark]) -> list[Line]:
+def _route_lines(panel: Panel, styles: Styles, mark: Callable[[Compared], Mark]) -> list[Line]:
     return [
         Line(
             series.label,
-            styles[series.route].color,
-            styles[series.route].marker,
+            styles[series.arm].color,
+            styles[series.arm].marker,
             RUN_DASHES[series.run % len(RUN_DASHES)],
-            tuple(map(mark, series.points)),
+            tuple(map(mark, series.cells)),
         )
         for series in panel.series
     ]

@@ -1,226 +1,236 @@
-"""Which cells stand together in one figure, and what that figure's title says."""
+"""Which cells stand together in one figure, what that figure's title says, and what it leaves out."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nsabench.present.frame import (
-    PLANNED,
-    PresentError,
-    Row,
-    baselines,
-    cell_rows,
-    planned_routes,
-    speeds,
+import pandas as pd
+
+from nsabench.present.frame import PLANNED, PresentError, cell_rows, is_dense, planned_routes
+from nsabench.present.naming import (
+    WITHIN,
+    Member,
+    created_at,
+    file_names,
+    machine_of,
+    regime_of,
+    run_names,
+    subtitle_of,
+    title_of,
 )
-from nsabench.present.wording import count_text, field_text, fields_text, value_text
-from nsabench.stats import Interval
+from nsabench.present.pairing import Compared, compare
+from nsabench.present.wording import arm_text, count_text
 from nsabench.store import Run
 
-_WITHIN = ("S", "impl")
-"""Planned fields that may differ within a figure. All others split it, as do the machine and the regime."""
+MOST_PANELS = 8
+"""Shapes drawn unless more are asked for."""
 
-_USUAL = {"passes": "fwd", "mode": "batched", "B": 1}
-"""Values that a file name leaves out."""
+MOST_RUNS = 4
+"""Runs in one figure: as many as there are dashes to tell them apart by."""
 
+MOST_LINES = 12
+"""Lines in one figure that can still be told apart."""
 
-@dataclass(frozen=True)
-class Point:
-    """One cell, the name of its baseline, and its speed relative to that."""
+_SPLIT = [f for f in PLANNED if f not in WITHIN]
 
-    row: Row
-    baseline: str
-    speed: Interval | None
-
-    @property
-    def ok(self) -> bool:
-        return bool(self.row["status"] == "ok")
+Keep = Callable[[pd.DataFrame], "pd.Series[bool]"]
 
 
 @dataclass(frozen=True)
 class Series:
-    """The cells of one route in one run, by ascending S. `run` counts the runs of the figure from 0."""
+    """The cells of one route or implementation in one run, by ascending S. `run` counts the figure's runs."""
 
     label: str
-    route: str
+    arm: str
     run: int
-    points: tuple[Point, ...]
+    cells: tuple[Compared, ...]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """All cells that may stand in one figure: one shape but for S, one machine, one regime."""
+    """All cells that may stand in one figure: one shape but for S, one machine, one regime.
+
+    `runs` are the runs' names. `left_out` says in words which runs and routes are not among the series, for
+    there would be too many lines to tell apart; the subtitle repeats it.
+    """
 
     name: str
     title: str
-    subtitle: tuple[str, str]
+    subtitle: tuple[str, ...]
     series: tuple[Series, ...]
+    runs: tuple[str, ...]
+    left_out: str
 
     @property
     def sizes(self) -> list[int]:
         """Every S, ascending."""
-        return sorted({p.row["S"] for s in self.series for p in s.points})
+        return sorted({c.row["S"] for s in self.series for c in s.cells})
 
 
 @dataclass(frozen=True)
-class _Member:
-    run: Run
-    machine: str
-    point: Point
+class _Group:
+    """The places of one figure's cells, and how many older runs had some too."""
+
+    places: pd.DataFrame
+    older_runs: int
 
 
-def make_panels(runs: Sequence[Run]) -> list[Panel]:
-    """The figures' material, in the order of the runs; shapes without an ok cell are left out.
+def make_panels(
+    runs: Sequence[Run], keep: Keep | None = None, most: int = MOST_PANELS
+) -> tuple[list[Panel], list[str]]:
+    """The figures' material, in the order of the runs, and in words what none of them shows.
 
-    PresentError when there is no run, or no ok cell in any.
+    `keep` takes a frame of cells and tells which to draw; what they are compared with may be left out. Shapes
+    without an ok cell are left out, and shapes beyond `most`, those with the fewest sizes first. Of more than
+    `MOST_RUNS` runs of one shape the latest are shown. PresentError when there is no run, or no ok cell in
+    any.
     """
     if not runs:
         raise PresentError("there is no run to plot")
-    members = [member for run in runs for member in _members(run)]
-    groups: dict[tuple[Any, ...], list[_Member]] = {}
-    for member in members:
-        groups.setdefault(_figure_key(member), []).append(member)
-    parts = [part for group in groups.values() for part in _by_regime(group)]
-    if not parts:
-        raise PresentError(_nothing_to_plot(runs, [m.point.row for m in members]))
-    order = list(dict.fromkeys(m.point.row["route"] for m in members))
-    order = list(dict.fromkeys([*(r for run in runs for r in planned_routes(run.info)), *order]))
-    return [
-        Panel(name, _title(part), _subtitle(part), _series(part, order))
-        for name, part in zip(_names(parts), parts, strict=True)
+    runs = [part for run in runs for part in run.parts()]
+    frame = _places(runs, keep)
+    groups = _groups(frame, runs)
+    if not groups:
+        raise PresentError(_nothing_to_plot(runs, frame))
+    shown = _widest(groups, most)
+    left_out = []
+    if len(shown) < len(groups):
+        left_out.append(
+            f"{len(groups) - len(shown)} of {len(groups)} shapes: --most and --where choose others"
+        )
+    material = _material(runs, shown)
+    parts = [(part, group) for group in shown for part in _by_regime(_members(material, group))]
+    panels = [
+        _panel(name, part, group)
+        for name, (part, group) in zip(file_names([part for part, _ in parts]), parts, strict=True)
     ]
+    return panels, left_out + [f"{panel.name}: {panel.left_out}" for panel in panels if panel.left_out]
 
 
-def _members(run: Run) -> list[_Member]:
-    rows, order = cell_rows(run.cells), planned_routes(run.info)
-    together = zip(rows, baselines(rows, order), speeds(rows, run.samples, order), strict=True)
-    return [
-        _Member(run, _machine(run.info, row["device"]), Point(row, base["route"], speed))
-        for row, base, speed in together
-    ]
+def _places(runs: Sequence[Run], keep: Keep | None) -> pd.DataFrame:
+    """Of every cell to draw: its run and row, its machine, and what decides on its figure."""
+    frames = []
+    for number, run in enumerate(runs):
+        cells = run.cells.reset_index(drop=True)
+        # A twin shows how much two measurements of one cell differ; as a line it would hide the first.
+        first = ~(cells["twin"] > 0)
+        chosen = cells[first & keep(cells)] if keep else cells[first]
+        machines = {device: machine_of(run.info, str(device)) for device in chosen["device"].unique()}
+        frames.append(
+            chosen[[*_SPLIT, "S", "status"]].assign(
+                run=number, row=chosen.index, machine=chosen["device"].map(machines)
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
 
 
-def _figure_key(member: _Member) -> tuple[Any, ...]:
-    return (*(member.point.row[f] for f in PLANNED if f not in _WITHIN), member.machine)
+def _groups(frame: pd.DataFrame, runs: Sequence[Run]) -> list[_Group]:
+    """The cells of each figure that has an ok one, from the latest runs, in the order of appearance."""
+    created = [(created_at(run), number) for number, run in enumerate(runs)]
+    found = []
+    for _, places in frame.groupby([*_SPLIT, "machine"], sort=False, dropna=False):
+        good = set(places.loc[places["status"] == "ok", "run"])
+        if good:
+            latest = sorted(set(places["run"]), key=lambda run: (run in good, created[run]))
+            kept = places[places["run"].isin(latest[-MOST_RUNS:])]
+            found.append(_Group(kept, max(0, len(latest) - MOST_RUNS)))
+    return found
 
 
-def _by_regime(group: Sequence[_Member]) -> list[list[_Member]]:
+def _widest(groups: Sequence[_Group], most: int) -> list[_Group]:
+    """The `most` groups with the most sizes, in their order."""
+    by_sizes = sorted(range(len(groups)), key=lambda i: -groups[i].places["S"].nunique())
+    return [groups[i] for i in sorted(by_sizes[:most])]
+
+
+def _material(runs: Sequence[Run], groups: Sequence[_Group]) -> dict[int, tuple[Run, list[Compared]]]:
+    """The runs that are drawn, by their number, with all their cells."""
+    numbers = dict.fromkeys(number for group in groups for number in group.places["run"])
+    return {
+        number: (run, compare(cell_rows(run.cells), run.samples, planned_routes(run.info)))
+        for number, run in ((number, runs[number]) for number in numbers)
+    }
+
+
+def _members(material: Mapping[int, tuple[Run, list[Compared]]], group: _Group) -> list[Member]:
+    places = zip(group.places["run"], group.places["row"], group.places["machine"], strict=True)
+    return [Member(material[run][0], machine, material[run][1][row]) for run, row, machine in places]
+
+
+def _by_regime(group: Sequence[Member]) -> list[list[Member]]:
     """The group split by regime and cache state, which are never compared; each part has the failed cells."""
-    regimes = dict.fromkeys(_regime(m.point.row) for m in group if m.point.ok)
-    return [[m for m in group if not m.point.ok or _regime(m.point.row) == regime] for regime in regimes]
+    regimes = dict.fromkeys(regime_of(m.row) for m in group if m.ok)
+    return [[m for m in group if not m.ok or regime_of(m.row) == regime] for regime in regimes]
 
 
-def _regime(row: Row) -> tuple[str, str]:
-    return row["regime"], row["cache"]
+def _nothing_to_plot(runs: Sequence[Run], frame: pd.DataFrame) -> str:
+    names = [run.run_id for run in runs]
+    who = ", ".join(names) if len(names) <= 4 else f"{len(names)} runs"
+    if all(run.cells.empty for run in runs):
+        return f"{who}: no cell is finished, so there is nothing to plot"
+    if frame.empty:
+        return f"{who}: no cell is as asked for, so there is nothing to plot"
+    counts = count_text({"status": str(status)} for status in frame["status"])
+    return f"{who}: no cell is ok ({counts}), so there is nothing to plot"
 
 
-def _nothing_to_plot(runs: Sequence[Run], rows: Sequence[Row]) -> str:
-    names = ", ".join(run.info["run_id"] for run in runs)
-    if not rows:
-        return f"{names}: no cell is finished, so there is nothing to plot"
-    return f"{names}: no cell is ok ({count_text(rows)}), so there is nothing to plot"
+def _panel(name: str, part: Sequence[Member], group: _Group) -> Panel:
+    runs = list({id(m.run): m.run for m in part}.values())
+    arms = _arms(runs, part)
+    older = group.older_runs
+    if older:
+        # Of a long history the latest runs, with all routes; but a few runs are there to be compared.
+        by_time = sorted(runs, key=lambda run: (any(m.ok for m in part if m.run is run), created_at(run)))
+        latest = by_time[-max(1, MOST_LINES // len(arms)) :]
+        older += len(runs) - len(latest)
+        runs = [run for run in runs if any(run is other for other in latest)]
+        part = [m for m in part if any(m.run is run for run in runs)]
+    shown = _shown(arms, max(1, MOST_LINES // len(runs)))
+    left_out = [f"{older} earlier runs"] if older else []
+    if len(shown) < len(arms):
+        hidden = [arm for arm in arms if arm not in shown]
+        more = f" and {len(hidden) - 3} more" if len(hidden) > 3 else ""
+        left_out.append(f"{len(hidden)} of {len(arms)} routes ({'; '.join(hidden[:3])}{more})")
+    said = f"left out: {', '.join(left_out)}" if left_out else ""
+    names = run_names(runs)
+    return Panel(
+        name,
+        title_of(part),
+        (*subtitle_of(part, runs), *filter(None, [said])),
+        _series(part, runs, names, shown),
+        tuple(names),
+        said,
+    )
 
 
-def _series(part: Sequence[_Member], order: Sequence[str]) -> tuple[Series, ...]:
-    runs = _runs(part)
-    impls = {m.point.row["impl"] for m in part}
-    lines: dict[tuple[int, int, str], list[Point]] = {}
+def _arms(runs: Sequence[Run], part: Sequence[Member]) -> list[str]:
+    """What was measured, in the order asked for; what NSA is compared with comes last."""
+    sparse = dict.fromkeys(arm_text(m.row) for m in part if not is_dense(m.row))
+    planned = [route for run in runs for route in planned_routes(run.info) if route in sparse]
+    dense = [arm_text(m.row) for m in part if is_dense(m.row)]
+    return list(dict.fromkeys([*planned, *sparse, *dense]))
+
+
+def _shown(arms: Sequence[str], most: int) -> list[str]:
+    """The first `most`, but always what the others are compared with, which stands last."""
+    if len(arms) <= most:
+        return list(arms)
+    last = arms[-1:] if arms[-1].partition(":")[0] == "dense" and most > 1 else []
+    return [*arms[: most - len(last)], *last]
+
+
+def _series(
+    part: Sequence[Member], runs: Sequence[Run], run_names: Sequence[str], arms: Sequence[str]
+) -> tuple[Series, ...]:
+    places = {arm: place for place, arm in enumerate(arms)}
+    numbers = {id(run): number for number, run in enumerate(runs)}
+    lines: dict[tuple[int, int], list[Compared]] = {}
     for member in part:
-        row = member.point.row
-        key = (order.index(row["route"]), _index(runs, member.run), row["impl"])
-        lines.setdefault(key, []).append(member.point)
-    run_names = _run_names(runs)
+        arm = arm_text(member.row)
+        if arm in places:
+            lines.setdefault((places[arm], numbers[id(member.run)]), []).append(member.cell)
     series = []
-    for (place, number, impl), points in sorted(lines.items(), key=lambda item: item[0]):
-        words = [impl] * (len(impls) > 1) + [order[place]] + [f"@ {run_names[number]}"] * (len(runs) > 1)
-        by_size = sorted(points, key=lambda p: p.row["S"])
-        series.append(Series(" ".join(words), order[place], number, tuple(by_size)))
+    for (place, number), cells in sorted(lines.items(), key=lambda item: item[0]):
+        label = f"{arms[place]} @ {run_names[number]}" if len(runs) > 1 else arms[place]
+        by_size = sorted(cells, key=lambda cell: cell.row["S"])
+        series.append(Series(label, arms[place], number, tuple(by_size)))
     return tuple(series)
-
-
-def _runs(part: Sequence[_Member]) -> list[Run]:
-    return list({id(m.run): m.run for m in part}.values())
-
-
-def _index(runs: Sequence[Run], run: Run) -> int:
-    return next(i for i, other in enumerate(runs) if other is run)
-
-
-def _run_names(runs: Sequence[Run]) -> list[str]:
-    """Their commits, or their ids where a commit comes twice."""
-    commits = [_commit(run.info) for run in runs]
-    return commits if len(set(commits)) == len(runs) else [str(run.info["run_id"]) for run in runs]
-
-
-def _commit(info: Mapping[str, Any]) -> str:
-    environment = info.get("environment") or {}
-    commit = environment.get("commit")
-    return f"{commit[:7]}{'-dirty' if environment.get('dirty') else ''}" if commit else "unknown"
-
-
-def _machine(info: Mapping[str, Any], device: str) -> str:
-    """The model of the CPU or GPU, or the device's own name where that is not known."""
-    environment = info.get("environment") or {}
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
-        model = (environment.get("cpu") or {}).get("model") or ""
-        return re.sub(r"\((R|TM)\)| CPU| Processor| \d+-Core|\s*@.*", "", model).strip() or device
-    gpus = environment.get("gpus") or []
-    index = int(number or 0)
-    return str(gpus[index]["name"]) if index < len(gpus) else device
-
-
-def _title(part: Sequence[_Member]) -> str:
-    row = part[0].point.row
-    return f"{row['phase'].capitalize()} {row['passes'].replace('_', ' + ')}"
-
-
-def _subtitle(part: Sequence[_Member]) -> tuple[str, str]:
-    """Shape and dtype; then device, commit, and how it was measured."""
-    row = part[0].point.row
-    aside = {*_WITHIN, "phase", "passes", "device", "selection", "seed"}
-    good = [m.point.row for m in part if m.point.ok]
-    timers = "/".join(dict.fromkeys(r["timer"] for r in good if r["timer"]))
-    regime, cache = _regime(good[0])
-    where = [
-        row["device"] if part[0].machine == row["device"] else f"{row['device']} ({part[0].machine})",
-        f"commit {', '.join(dict.fromkeys(_commit(run.info) for run in _runs(part)))}",
-        f"{timers} timer" if timers else "",
-        regime,
-        f"{cache} cache" if cache else "",
-        *(field_text(row, f) for f in ("selection", "seed")),
-    ]
-    return fields_text(row, [f for f in PLANNED if f not in aside]), ", ".join(filter(None, where))
-
-
-def _names(parts: Sequence[Sequence[_Member]]) -> list[str]:
-    """The beginning of each figure's file names: phase, what is unusual, and what tells namesakes apart."""
-    firsts = [next(m for m in part if m.point.ok) for part in parts]
-    described = [_described(first) for first in firsts]
-    names = [
-        [first.point.row["phase"], *(words[f] for f, usual in _USUAL.items() if first.point.row[f] != usual)]
-        for first, words in zip(firsts, described, strict=True)
-    ]
-    for field in described[0]:
-        namesakes = {tuple(name) for name in names if names.count(name) > 1}
-        for name in namesakes:
-            same = [i for i, other in enumerate(names) if tuple(other) == name]
-            if len({described[i][field] for i in same}) > 1:
-                for i in same:
-                    names[i] = [*name, described[i][field]]
-    return ["-".join(name) for name in names]
-
-
-def _described(member: _Member) -> dict[str, str]:
-    """What may tell a figure apart, the most telling first, as words fit for a file name."""
-    row = member.point.row
-    fields = ("device", "dtype", *(f for f in PLANNED if f not in {*_WITHIN, "phase", "device", "dtype"}))
-    words = {f: _word(row, f) for f in fields}
-    words |= {"machine": member.machine, "regime": row["regime"], "cache": row["cache"]}
-    return {f: re.sub(r"[^a-z0-9_.]+", "-", word.lower()).strip("-") for f, word in words.items()}
-
-
-def _word(row: Row, name: str) -> str:
-    text = value_text(row, name)
-    return f"{name.replace('_', '')}{text}" if text.isdigit() else text

@@ -1,57 +1,90 @@
 """Figures of stored runs: made from their files alone, without a display, the same bytes every time."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from nsabench.present.figures import memory_figure, shares_figure, speed_figure, time_figure
+from nsabench.present.figures import dense_figure, memory_figure, shares_figure, speed_figure, time_figure
 from nsabench.present.frame import PresentError
-from nsabench.present.panels import Panel, make_panels
-from nsabench.present.style import RouteStyle, figure_style, route_styles
-from nsabench.store import Run
+from nsabench.present.panels import MOST_PANELS, Keep, Panel, make_panels
+from nsabench.present.style import RouteStyle, figure_style, lay_out, route_styles
+from nsabench.store import DiskError, Run
+from nsabench.store.files import disk_error
 
 _FIGURES: dict[str, Callable[[Panel, Mapping[str, RouteStyle]], Figure | None]] = {
     "time": time_figure,
     "shares": shares_figure,
     "memory": memory_figure,
     "speed": speed_figure,
+    "dense": dense_figure,
 }
-_METADATA: dict[str, dict[str, str | None]] = {
-    "png": {"Software": "nsabench"},
-    "svg": {"Creator": "nsabench", "Date": None},
+_WRITERS: dict[str, Callable[[Figure, Path], None]] = {
+    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(path, metadata={"Software": "nsabench"}),
+    "svg": lambda figure, path: FigureCanvasSVG(figure).print_svg(
+        path, metadata={"Creator": "nsabench", "Date": None}
+    ),
 }
 
 
-def plot_run(run: Run | Sequence[Run], out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+_LONGEST_NAME = 120
+
+
+def plot_run(
+    run: Run | Sequence[Run],
+    out: Path,
+    formats: Sequence[str] = ("png", "svg"),
+    *,
+    keep: Keep | None = None,
+    most: int = MOST_PANELS,
+    note: Callable[[str], object] = lambda text: None,
+) -> list[Path]:
     """Draw the run, or several in the same figures, into the folder `out`; returns the files written.
 
-    They are `<name>-time`, `-shares` (where stages were measured), `-memory` and `-speed` (with several
-    routes). `<name>` is the phase, followed by passes, mode and B where they are not fwd, batched and 1, and
-    by whatever else tells two shapes of these runs apart. Runs that share a figure differ by their dashes.
+    They are `<name>-time`, `-shares` (where stages were measured), `-memory`, `-speed` (with several routes)
+    and `-dense` (where dense attention was measured). `<name>` is the phase, followed by passes, mode, scope
+    and B where they are not fwd, batched, module and 1, and by whatever else tells two shapes of these runs
+    apart. Runs that share a figure differ by their dashes. `keep` and `most`: see `make_panels`; what is
+    left out for the sake of reading goes line by line to `note`.
 
     PresentError, with nothing drawn, for a format other than png and svg, for no run, and when no cell is ok;
-    also when a file cannot be written.
+    also when a file cannot be written; DiskError where the disk is full.
     """
-    unknown = [f for f in formats if f not in _METADATA]
+    unknown = [f for f in formats if f not in _WRITERS]
     if unknown or not formats:
-        raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(_METADATA)}")
-    panels = make_panels([run] if isinstance(run, Run) else list(run))
-    styles = route_styles(series.route for panel in panels for series in panel.series)
+        raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(_WRITERS)}")
+    panels, left_out = make_panels([run] if isinstance(run, Run) else list(run), keep, most)
+    styles = route_styles(series.arm for panel in panels for series in panel.series)
     written: list[Path] = []
     with figure_style():
         for panel in panels:
             for what, draw in _FIGURES.items():
                 figure = draw(panel, styles)
                 if figure is not None:
+                    lay_out(figure)
                     written += [_save(figure, Path(out) / f"{panel.name}-{what}.{f}") for f in formats]
+    for text in left_out:
+        note(text)
     return written
+
+
+def set_name(run_ids: Sequence[str]) -> str:
+    """What the folder of these runs' figures is called: their ids, or the first, how many and a digest."""
+    joined = "+".join(run_ids)
+    if len(joined) <= _LONGEST_NAME:
+        return joined
+    return f"{run_ids[0]}+{len(run_ids) - 1}-{zlib.crc32(joined.encode()):08x}"
 
 
 def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata=_METADATA[path.suffix[1:]])
+        # Not savefig: it draws every figure twice.
+        _WRITERS[path.suffix[1:]](figure, path)
     except OSError as error:
-        raise PresentError(f"cannot write {path}: {error.strerror or error}") from error
+        failed = disk_error(f"write {path}", error)
+        raise failed if isinstance(failed, DiskError) else PresentError(str(failed)) from error
     return path

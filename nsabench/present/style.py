@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from nsabench.present.wording import tokens_text
@@ -16,8 +17,7 @@ from nsabench.present.wording import tokens_text
 WIDTH_INCHES = 8.0
 
 _STYLE: Any = {
-    "figure.dpi": 100,
-    "savefig.dpi": 175,
+    "figure.dpi": 175,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "axes.facecolor": "white",
@@ -48,10 +48,11 @@ _KNOWN = {
     "fa2": "#CC79A7",
     "flex": "#56B4E9",
     "reference": "#000000",
+    "dense": "#661100",
 }
-_OTHERS = ("#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#661100", "#888888")
+_OTHERS = ("#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733", "#888888")
 _MARKERS = "osD^vP*X<>"
-RUN_DASHES = ("-", "--", ":", "-.")
+RUN_DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 GREY = "#555555"
 
 STAGE_COLOURS = {
@@ -100,6 +101,14 @@ def route_styles(routes: Iterable[str]) -> dict[str, RouteStyle]:
         slots[slot % len(_OTHERS)] = route
         styles[route] = RouteStyle(_OTHERS[slot % len(_OTHERS)], _MARKERS[slot % len(_MARKERS)])
     return styles
+
+
+def lay_out(figure: Figure) -> None:
+    """Settle where everything stands, once: a file must not depend on which others are written."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
 
 
 def size_axis(axes: Axes, sizes: Sequence[int]) -> None:

@@ -15,8 +15,6 @@ from rich.text import Text
 
 from nsabench.present.cell_text import (
     MAIN_STAGES,
-    Compared,
-    compare,
     plain_row,
     reads_text,
     rounded_shares,
@@ -28,12 +26,22 @@ from nsabench.present.cell_text import (
     time_range,
     whole,
 )
-from nsabench.present.frame import PLANNED, Cells, Row, cell_rows, varying, why_no_shares
-from nsabench.present.wording import MISSING, fields_text, folded, name_of, tokens_text, value_text
+from nsabench.present.frame import PLANNED, Cells, Order, Row, cell_rows, is_dense, varying, why_no_shares
+from nsabench.present.pairing import Compared, compare
+from nsabench.present.wording import (
+    MISSING,
+    arm_text,
+    fields_text,
+    folded,
+    name_of,
+    tokens_text,
+    value_text,
+)
 from nsabench.store.schema import STAGES
 
 _STATUS_STYLES = {"ok": "green", "unsupported": "yellow"}
 _ROUTE_WIDTH = 18
+_READS = "reads\n/dense"
 
 _Writer = Callable[[Compared], str]
 
@@ -50,42 +58,86 @@ def cells_table(
     cells: Cells,
     samples: pd.DataFrame | None = None,
     *,
-    order: Sequence[str] = (),
+    order: Order = (),
     last: int | None = None,
     width: int = 100,
 ) -> Table:
     """One line per cell: S, what varies, route, time, speed, reads, memory, power, clock, status and shares.
 
-    `speed` is the time of the shape's first route (by `order`, else by place) over the cell's own; its
-    interval needs `samples`. A cell that is not ok has its status and a number; the caption gives the reason
-    under that number. `last` shows only so many of the last cells, with the speeds they have among all. Where
-    `width` columns do not hold it, a cell has two lines.
+    `speed` is the time of the shape's first route (by `order`, else by place) over the cell's own, `x dense`
+    that of dense attention; their intervals need `samples`. A cell that is not ok has its status and a
+    number; the caption gives the reason under that number, and the run where there are several. `last` shows
+    only so many of the last cells, with the speeds they have among all. Where `width` columns do not hold
+    it, a cell has two lines, and where that does not suffice, the tokens read are left out.
     """
-    compared = compare(cell_rows(cells), samples, order)
-    table = _cells_table(compared, last, stacked=False)
-    return table if _width(table) <= width else _cells_table(compared, last, stacked=True)
+    return compared_table(compare(cell_rows(cells), samples, order), last=last, width=width)
 
 
-def _cells_table(cells: Sequence[Compared], last: int | None, stacked: bool) -> Table:
+def compared_table(cells: Sequence[Compared], *, last: int | None = None, width: int = 100) -> Table:
+    """`cells_table` of cells already compared."""
+    for stacked, reads in ((False, True), (True, True), (True, False)):
+        table = _cells_table(cells, last, stacked, reads)
+        if _width(table) <= width:
+            break
+    return table
+
+
+def compared_grid(cells: Sequence[Compared]) -> tuple[str, list[str], list[list[str]], list[str]]:
+    """What `cells_table` says, as plain text: title, headers, a line of texts per cell, and notes below."""
+    rows = [cell.row for cell in cells]
+    columns, extra, runs = _columns(rows, *_beside(cells), stacked=False), _extra(rows), _runs(rows)
+    headers = [*(["run"] if len(runs) > 1 else []), "S", *map(name_of, extra), "route"]
+    headers += [column.header.replace("\n", " ") for column in columns]
+    lines = []
+    for cell in cells:
+        ok = cell.row["status"] == "ok"
+        head = [cell.row["run_id"]] if len(runs) > 1 else []
+        head += [tokens_text(cell.row["S"]), *(value_text(cell.row, f) or MISSING for f in extra)]
+        numbers = [column.text(cell) if ok else "" for column in columns]
+        shares = short_shares(cell.row) if ok and not is_dense(cell.row) else ""
+        lines.append([*head, arm_text(cell.row), *numbers, cell.row["status"], shares or cell.row["reason"]])
+    return _about(rows), [*headers, "status", f"% {'/'.join(MAIN_STAGES)}"], lines, _legend(*_beside(cells))
+
+
+def _cells_table(cells: Sequence[Compared], last: int | None, stacked: bool, reads: bool) -> Table:
     """`stacked`: intervals and shares stand under what they belong to."""
     rows = [cell.row for cell in cells]
-    several = len({row["route"] for row in rows}) > 1
-    columns = _columns(rows, several, stacked)
+    beside = _beside(cells)
+    columns = _columns(rows, *beside, stacked)
+    if not reads:
+        columns = [column for column in columns if column.header != _READS]
     notes, extra = _Notes(), _extra(rows)
     table = _table(rows, columns)
     main = "/".join(MAIN_STAGES[:2]), "/".join(MAIN_STAGES[2:])
     table.add_column(f" status, %\n {main[0]}\n /{main[1]}", overflow="fold")
-    for cell in cells[-last:] if last else cells:
+    runs = _runs(rows)
+    shown = cells[-last:] if last else cells
+    for cell in shown:
         numbers = _numbers(cell, columns) if cell.row["status"] == "ok" else [Text()] * len(columns)
         status = _status_text(cell.row, notes, "\n " if stacked else " ")
-        table.add_row(*_head(cell.row, extra), *numbers, status)
-    if several:
-        notes.add("speed: time of the shape's first route over this one's; above 1 is faster")
+        table.add_row(*_head(cell.row, extra, runs), *numbers, status)
+    if len(runs) > 1:
+        for run_id in dict.fromkeys(cell.row["run_id"] for cell in shown):
+            notes.add(f"run {runs.index(run_id) + 1}: {run_id}")
+    for line in _legend(*beside):
+        notes.add(line)
     notes.write(table)
     return table
 
 
-def _columns(rows: Sequence[Row], several: bool, stacked: bool) -> list[_Column]:
+def _beside(cells: Sequence[Compared]) -> tuple[bool, bool]:
+    """Whether there are several routes to compare, and whether there is dense attention to compare with."""
+    several = len({cell.row["route"] for cell in cells if not is_dense(cell.row)}) > 1
+    return several, any(cell.dense is not None and cell.dense is not cell.row for cell in cells)
+
+
+def _legend(several: bool, beside_dense: bool) -> list[str]:
+    speed = "speed: time of the shape's first route over this one's; above 1 is faster"
+    x_dense = "x dense: time of dense attention of that shape over this one's; above 1 is faster"
+    return [speed] * several + [x_dense] * beside_dense
+
+
+def _columns(rows: Sequence[Row], several: bool, beside_dense: bool, stacked: bool) -> list[_Column]:
     unit, per_ms = ("us", 1000.0) if _all_below_1_ms(rows) else ("ms", 1.0)
     per_step = "/step" if {row["phase"] for row in rows} == {"decode"} else ""
     columns = _with_range(
@@ -95,9 +147,21 @@ def _columns(rows: Sequence[Row], several: bool, stacked: bool) -> list[_Column]
         stacked,
     )
     if several:
-        columns += _with_range("speed", speed_text, speed_range, stacked)
+        columns += _with_range(
+            "speed",
+            lambda cell: speed_text(cell.row, cell.base, cell.speed),
+            lambda cell: speed_range(cell.row, cell.base, cell.speed),
+            stacked,
+        )
+    if beside_dense:
+        columns += _with_range(
+            "x dense",
+            lambda cell: speed_text(cell.row, cell.dense, cell.x_dense),
+            lambda cell: speed_range(cell.row, cell.dense, cell.x_dense),
+            stacked,
+        )
     if _any(rows, "reads_tokens"):
-        columns.append(_Column("reads\n/dense", lambda cell: reads_text(cell.row)))
+        columns.append(_Column(_READS, lambda cell: reads_text(cell.row)))
     columns.append(_Column("peak\nMiB", lambda cell: scaled(cell.row["peak_alloc_bytes"], 2**-20)))
     if _any(rows, "power_w") or _any(rows, "sm_clock_mhz"):
         columns.append(_Column("W", lambda cell: whole(cell.row["power_w"])))
@@ -126,23 +190,29 @@ def shares_table(cells: Cells) -> Table:
     notes, extra = _Notes(), _extra(rows)
     table = _table(rows, columns, "share of each stage in %")
     table.add_column(" total", justify="right", no_wrap=True)
+    runs = _runs(rows)
     for cell in compare(rows):
         shares = rounded_shares(cell.row)
         total = f"{sum(shares.values()):.1f}" if shares else notes.number(why_no_shares(cell.row))
-        table.add_row(*_head(cell.row, extra), *_numbers(cell, columns), Text(total))
+        table.add_row(*_head(cell.row, extra, runs), *_numbers(cell, columns), Text(total))
     notes.write(table)
     return table
 
 
 def cells_json(
-    cells: Cells, samples: pd.DataFrame | None = None, *, order: Sequence[str] = ()
+    cells: Cells, samples: pd.DataFrame | None = None, *, order: Order = ()
 ) -> list[dict[str, Any]]:
-    """The cells as objects for `json.dumps`: every stored column, missing ones None, plus `speed`.
+    """The cells as objects for `json.dumps`: every stored column, missing ones None, `speed` and `x_dense`.
 
-    `speed` is None or {"baseline": route, "point", "lo", "hi", "n"}: see `cells_table`.
+    These are None or {"baseline": what it is compared with, "point", "lo", "hi", "n"}: see `cells_table`.
     """
-    compared = compare(cell_rows(cells), samples, order)
-    return [plain_row(cell.row) | {"speed": speed_object(cell)} for cell in compared]
+    return [cell_object(cell) for cell in compare(cell_rows(cells), samples, order)]
+
+
+def cell_object(cell: Compared) -> dict[str, Any]:
+    """One of the objects of `cells_json`."""
+    speed = speed_object(cell.base, cell.speed)
+    return plain_row(cell.row) | {"speed": speed, "x_dense": speed_object(cell.dense, cell.x_dense)}
 
 
 class _Notes:
@@ -168,18 +238,18 @@ class _Notes:
 def _table(rows: Sequence[Row], columns: Sequence[_Column], what: str = "") -> Table:
     """A table with its title, S, the fields that vary, route and then `columns`."""
     extra = _extra(rows)
-    about = fields_text(rows[0], [f for f in PLANNED if f not in ("S", *extra)]) if rows else "no cell"
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
-        title=Text(about + (f": {what}" if what else "")),
+        title=Text(_about(rows) + (f": {what}" if what else "")),
         title_justify="left",
         title_style="bold",
         caption_justify="left",
         caption_style="dim",
     )
-    for header in ("S", *(f" {name_of(f)}" for f in extra)):
+    several = ["run "] if len(_runs(rows)) > 1 else []
+    for header in (*several, "S", *(f" {name_of(f)}" for f in extra)):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column(" route", overflow="fold", min_width=9)
     for column in columns:
@@ -187,11 +257,23 @@ def _table(rows: Sequence[Row], columns: Sequence[_Column], what: str = "") -> T
     return table
 
 
-def _head(row: Row, extra: Sequence[str]) -> list[Text]:
-    """S, the fields that vary, and the route."""
+def _about(rows: Sequence[Row]) -> str:
+    """What the rows have in common."""
+    varied = varying(rows)
+    same = [f for f in PLANNED if f != "S" and f not in varied]
+    return fields_text(rows[0], same) if rows else "no cell"
+
+
+def _runs(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["run_id"] for row in rows))
+
+
+def _head(row: Row, extra: Sequence[str], runs: Sequence[str]) -> list[Text]:
+    """The run where there are several, S, the fields that vary, and the route."""
+    run = [f"{runs.index(row['run_id']) + 1} "] if len(runs) > 1 else []
     fields = [f" {value_text(row, f) or MISSING}" for f in extra]
-    route = "\n".join(f" {part}" for part in folded(row["route"], _ROUTE_WIDTH))
-    return [Text(text) for text in (tokens_text(row["S"]), *fields, route)]
+    route = "\n".join(f" {part}" for part in folded(arm_text(row), _ROUTE_WIDTH))
+    return [Text(text) for text in (*run, tokens_text(row["S"]), *fields, route)]
 
 
 def _numbers(cell: Compared, columns: Sequence[_Column]) -> list[Text]:
@@ -203,7 +285,7 @@ def _spaced(column: _Column, text: str) -> str:
 
 
 def _extra(rows: Sequence[Row]) -> list[str]:
-    return [f for f in varying(rows) if f != "S"]
+    return [f for f in varying(rows) if f not in ("S", "impl")]
 
 
 def _any(rows: Sequence[Row], name: str) -> bool:
@@ -222,4 +304,6 @@ def _share_text(stage: str, cell: Compared) -> str:
 def _status_text(row: Row, notes: _Notes, between: str) -> Text:
     status = row["status"]
     text = Text(" ").append(status, style=_STATUS_STYLES.get(status, "red"))
-    return text.append(between + (short_shares(row) if status == "ok" else notes.number(row["reason"])))
+    if status != "ok":
+        return text.append(between + notes.number(row["reason"]))
+    return text if is_dense(row) else text.append(between + short_shares(row))

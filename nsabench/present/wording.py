@@ -9,7 +9,7 @@ from typing import Any
 MISSING = "-"
 
 _NAMES = {"l_sel": "l'", "n_sel": "n"}
-_BARE = ("phase", "passes", "mode", "impl", "dtype", "device")
+_BARE = ("phase", "passes", "mode", "impl", "scope", "dtype", "device")
 
 
 def tokens_text(n: int) -> str:
@@ -82,8 +82,8 @@ def name_of(field: str) -> str:
 
 
 def value_text(row: Mapping[str, Any], field: str) -> str:
-    """The value as text, empty when missing; of a file its name alone."""
-    value = "" if row[field] is None else str(row[field])
+    """The value as text, empty when missing and for the twin that every cell is; of a file its name alone."""
+    value = "" if row[field] is None or (field == "twin" and not row[field]) else str(row[field])
     return f"file={PurePath(value.removeprefix('file=')).name}" if value.startswith("file=") else value
 
 
@@ -96,6 +96,13 @@ def field_text(row: Mapping[str, Any], field: str) -> str:
 def fields_text(row: Mapping[str, Any], fields: Iterable[str]) -> str:
     """The fields that have a value, in one phrase."""
     return " ".join(field_text(row, f) for f in fields if value_text(row, f))
+
+
+def arm_text(row: Mapping[str, Any]) -> str:
+    """What was measured at a shape: NSA by its route, anything else by its name: "auto", "dense"."""
+    if row["impl"] in ("", None, "nsa"):
+        return str(row["route"])
+    return str(row["impl"]) if row["route"] == "auto" else f"{row['impl']} {row['route']}"
 
 
 def folded(route: str, width: int) -> list[str]:

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from nsa import Routing, UnsupportedRoute, stage_hook
-from nsa.routes import BRANCHES, Route
 from nsabench.measure import (
     Shares,
     StageRecorder,
@@ -21,16 +19,18 @@ from nsabench.measure import (
     make_timer,
     peak_memory,
 )
+from nsabench.measure.stages import Hook
 from nsabench.plan import Cell
 from nsabench.run.check import Verdict
 from nsabench.run.gate import Refused, judge, refuse_other_output
+from nsabench.run.limits import known_peaks, part_of_limit
 from nsabench.run.policy import Policy
-from nsabench.run.steps import Span, route_at, steps_of
-from nsabench.run.work import count_work
+from nsabench.run.timing import time_fields
 from nsabench.run.workload import Variant, Workload
 from nsabench.stats import median_interval
 from nsabench.store.schema import STAGES
 
+BRANCHES = ("cmp", "sel", "win")
 ALONE_SAMPLES = 5
 SHARE_BATCHES = 5
 SHARE_TRIES = 3
@@ -71,10 +71,9 @@ class Arm:
 
     def prepare(self) -> None:
         """Settle the route, check the result against the specification, warm up. Raises :class:`Refused`."""
-        routes = self._settle()
-        last = list(routes)[-1]
-        self._describe_work(routes[last])
-        verdict, expected = judge(self.workload, self.cell.route, routes.__getitem__)
+        self.fields |= self.workload.settle(self.cell.route)
+        self._describe_work()
+        verdict, expected = judge(self.workload, self.cell.route)
         self._record(verdict)
         for variant in self.workload.variants(self.cell.route):
             timer = self._timer(variant)
@@ -82,34 +81,22 @@ class Arm:
             if self.cell.passes == "fwd":
                 refuse_other_output(self._first[variant.name], expected[variant.name], _of(variant))
             once = timer.sample(1)
-            limit = COLD_ITERS if self.policy.cache == "cold" else WARM_ITERS
+            limit = COLD_ITERS if self.policy.cache_for(self.cell) == "cold" else WARM_ITERS
             iters = choose_iters(max(once, 1e-4), self.policy.sample_ms, limit=limit)
             self._timers.append((variant, timer, iters))
-        self.fields |= {"timer": self._timers[0][1].name, "regime": "latency", "cache": self.policy.cache}
+        self.fields |= {
+            "timer": self._timers[0][1].name,
+            "regime": "latency",
+            "cache": self.policy.cache_for(self.cell),
+        }
 
     def release(self) -> None:
         """Let go of what only sampling needs: outputs, captured graphs."""
         self._timers.clear()
         self._first.clear()
 
-    def _settle(self) -> dict[Span, Route]:
-        """What runs in each call of the step. Where that differs, a branch's backends are joined by ``+``."""
-        spans = [span for step in steps_of(self.cell) for span in step.spans]
-        try:
-            routes = {span: route_at(self.cell, span) for span in spans}
-        except UnsupportedRoute as error:
-            raise Refused("unsupported", str(error)) from None
-        for branch in BRANCHES:
-            names = dict.fromkeys(route.backend(branch) for route in routes.values())
-            self.fields[f"{branch}_backend"] = "+".join(names)
-        libraries = {route.provider(branch) for route in routes.values() for branch in BRANCHES}
-        provider = ", ".join(sorted(library for library in libraries if library))
-        self.fields |= {"route_proof": "resolved", "provider": provider}
-        return routes
-
-    def _describe_work(self, route: Route) -> None:
-        active = tuple(b for b in ("cmp", "sel", "win") if route.rows[b] is not None)
-        work = count_work(self.cell, active, self.workload.parameters)
+    def _describe_work(self) -> None:
+        work = self.workload.work(self.cell.route)
         cached = self.workload.cache_bytes()
         self.fields |= {
             "flops": work.flops,
@@ -117,7 +104,7 @@ class Arm:
             "reads_tokens": work.reads_tokens,
             "reads_tokens_dense": work.reads_tokens_dense,
             "kv_cache_bytes": sum(cached.values()) if cached else None,
-            **{f"kv_cache_{branch}_bytes": size for branch, size in cached.items()},
+            **{f"kv_cache_{branch}_bytes": cached.get(branch) for branch in BRANCHES},
         }
 
     def _record(self, verdict: Verdict) -> None:
@@ -129,11 +116,15 @@ class Arm:
             "err_budget": error.budget,
             "selection_overlap": verdict.overlap,
         }
+        if verdict.proof:
+            self.fields["route_proof"] = verdict.proof
         if verdict.reason:
             raise Refused("nan" if verdict.has_nan else "wrong", verdict.reason)
 
     def _timer(self, variant: Variant) -> Timer:
-        timer = make_timer(self.policy.timer_for(self.cell), self.workload.device, self.policy.cache)
+        timer = make_timer(
+            self.policy.timer_for(self.cell), self.workload.device, self.policy.cache_for(self.cell)
+        )
         timer.prepare(variant.step)
         return timer
 
@@ -182,39 +173,19 @@ class Arm:
                 )
 
     def _time(self) -> None:
-        variants = {v.name: v.weight for v, _, _ in self._timers}
-        by_round: dict[int, float] = {}
-        for sample in self.samples:
-            part = variants[sample["variant"]] * sample["ms"]
-            by_round[sample["round"]] = by_round.get(sample["round"], 0.0) + part
-        rounds = list(by_round.values())
-        interval = median_interval(rounds)
-        total = interval.point
-        self.fields |= {
-            "ms_total": total,
-            "ms_lo": interval.lo,
-            "ms_hi": interval.hi,
-            "ms_min": min(rounds),
-            "ms_p95": sorted(rounds)[math.ceil(0.95 * len(rounds)) - 1],
-            "n_samples": len(self.samples),
-            "n_rounds": len(rounds),
-        }
-        for name in ("emit", "plain"):
-            mine = [s["ms"] for s in self.samples if s["variant"] == name]
-            self.fields[f"ms_{name}"] = median_interval(mine).point if mine else None
-        tokens = self.cell.B * (1 if self.cell.phase == "decode" else self.cell.S)
-        seconds = total * 1e-3
-        self.fields |= {
-            "tflops": self.fields["flops"] / seconds * 1e-12,
-            "gbps": self.fields["bytes"] / seconds * 1e-9,
-            "tokens_per_s": tokens / seconds,
-        }
+        weights = {variant.name: variant.weight for variant, _, _ in self._timers}
+        work = {"flops": self.fields["flops"], "moved_bytes": self.fields["bytes"]}
+        self.fields |= time_fields(self.cell, self.samples, weights, **work)
+        self.fields |= part_of_limit(self.fields, known_peaks(self.cell.device))
 
     def _shares(self) -> None:
         """Shares of the stages; a step that was disturbed while instrumented is instrumented again."""
-        total = self.fields["ms_total"]
+        hook, total = self.workload.hook, self.fields["ms_total"]
+        if hook is None:
+            self.fields["shares_note"] = f"the core of {self.cell.impl} is one stage"
+            return
         for _ in range(SHARE_TRIES):
-            shares = self._weighted_shares()
+            shares = self._weighted_shares(hook)
             near = total / SHARES_WITHIN <= shares.total_ms <= total * SHARES_WITHIN
             if shares.pct is None or near or self.cell.passes != "fwd":
                 break
@@ -228,25 +199,25 @@ class Arm:
             part = shares.pct.get(stage, 0.0)
             self.fields |= {f"share_{stage}_pct": part, f"ms_{stage}": part / 100 * total}
 
-    def _weighted_shares(self) -> Shares:
-        parts = [(variant.weight, self._shares_of(variant)) for variant, _, _ in self._timers]
+    def _weighted_shares(self, hook: Hook) -> Shares:
+        parts = [(variant.weight, self._shares_of(variant, hook)) for variant, _, _ in self._timers]
         shares = parts[0][1].scaled(parts[0][0] * parts[0][1].total_ms)
         for weight, other in parts[1:]:
             shares = shares.plus(other.scaled(weight * other.total_ms))
         return shares
 
-    def _shares_of(self, variant: Variant) -> Shares:
+    def _shares_of(self, variant: Variant, hook: Hook) -> Shares:
         if self.cell.passes == "fwd":
-            return self._forward_shares(variant.step)
-        calls = len(steps_of(self.cell)[0].spans)
+            return self._forward_shares(variant.step, hook)
+        calls = len(self.workload.steps[0].spans)
         if calls > PROFILED_CALLS:
             return Shares(1.0, None, f"the backward of {calls} calls is too long to profile")
         runs = 3 if calls == 1 else 1
         step = self.workload.training_step(self.cell.route)
-        back = backward_shares(step, stage_hook, self.workload.device, n=runs)
+        back = backward_shares(step, hook, self.workload.device, n=runs)
         if self.cell.passes == "bwd":
             return back
-        forward = self._forward_shares(self.workload.graph_step(self.cell.route))
+        forward = self._forward_shares(self.workload.graph_step(self.cell.route), hook)
         # A profiled backward is slower than a timed one: it gives the shares, the timer the whole.
         rest = self.fields["ms_total"] - forward.total_ms
         if rest <= 0:
@@ -254,24 +225,16 @@ class Arm:
             return Shares(forward.total_ms, None, took)
         return forward.plus(back.scaled(rest))
 
-    def _forward_shares(self, step: Callable[[], object]) -> Shares:
+    def _forward_shares(self, step: Callable[[], object], hook: Hook) -> Shares:
         """Mean shares over batches of runs, with the total of the middle batch: a pause spoils only one."""
-        recorder = StageRecorder(self.workload.device, cache=self.policy.cache)
+        recorder = StageRecorder(self.workload.device, cache=self.policy.cache_for(self.cell))
         runs = max(1, self.policy.share_runs // SHARE_BATCHES)
-        batches = [recorder.run(step, stage_hook, n=runs) for _ in range(SHARE_BATCHES)]
+        batches = [recorder.run(step, hook, n=runs) for _ in range(SHARE_BATCHES)]
         return Shares.mean(batches).scaled(median(batch.total_ms for batch in batches))
 
     def _alone(self) -> None:
         """The step with only one branch's work: skipped, not gated away. Another metric than the shares."""
-        routing = Routing.parse(self.cell.route)
-        for branch in ("cmp", "sel", "win"):
-            if getattr(routing, branch) == "off":
-                continue
-            only = ",".join(
-                f"{b}={getattr(routing, b) if b == branch else 'off'}" for b in ("cmp", "sel", "win")
-            )
-            if branch == "sel":
-                only += f",score={routing.score}"
+        for branch, only in self.workload.alone(self.cell.route).items():
             total = 0.0
             for variant, (_, _, iters) in zip(self.workload.variants(only), self._timers, strict=True):
                 timer = self._timer(variant)

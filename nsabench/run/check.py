@@ -7,7 +7,8 @@ whole score matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from nsa import NSAConfig, nsa_attention, reference
 from nsa.blocks import num_selection_blocks, own_block
 from nsa.routes import Route
 from nsa.testing import Check, check, error_budget
-from nsabench.run.workload import Inputs
 
 # Elements of the specification's score matrix, all heads: a few seconds of fp64 on a laptop.
 SPEC_ELEMENTS = 2**24
@@ -24,19 +24,64 @@ LEAST_ROWS = 16
 
 GRADIENTS = ("q", "k_cmp", "v_cmp", "k_sel", "v_sel", "k_win", "v_win", "gates")
 
+Inputs = dict[str, Any]
+"""Arguments of an attention, by name."""
+
+Segment = tuple[int, int]
+"""Rows ``[first, last)`` of the queries."""
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an arm is right. ``error`` is its worst quantity against its budget; ``overlap`` the part of
-    the specification's blocks it selected (None without a selected branch); ``reason`` is empty when it is
-    right. ``output`` is what the arm computed, ``(B,T,HQ,DV)``.
+    """Whether an arm is right. ``error`` is its worst quantity against its budget; ``reason`` is empty when
+    it is right. ``output`` is what the arm computed, ``(B,T,HQ,DV)``. ``overlap`` is the part of the
+    specification's blocks it selected (None where nothing is selected); ``proof`` what was seen to run.
     """
 
     error: Check
-    overlap: float | None
     reason: str
     output: torch.Tensor
     has_nan: bool = False
+    overlap: float | None = None
+    proof: str = ""
+
+
+def compare(
+    inputs: Inputs,
+    segments: Sequence[Segment],
+    attend: Callable[[Inputs], torch.Tensor],
+    specify: Callable[[Inputs, Segment], torch.Tensor],
+    gradients: Collection[str] = (),
+) -> Verdict:
+    """Hold ``attend(inputs)`` against what ``specify`` gives for the ``segments`` of its rows, and the
+    gradients of the inputs named in ``gradients``.
+
+    ``specify`` runs on the CPU in fp64, and in the inputs' own dtype for the budget.
+    """
+    given = _prepared(inputs, None, None, gradients)
+    out = attend(given)
+    upstream = _upstream(out, segments) if gradients else None
+    mine = {"output": _pick(out.detach(), segments)}
+    if upstream is not None:
+        out.backward(upstream)
+        mine |= _gradients(given, gradients)
+
+    exact = _specified(inputs, torch.float64, segments, specify, gradients, upstream)
+    eager = _specified(inputs, None, segments, specify, gradients, upstream)
+    tensors = [t.detach() for t in given.values() if isinstance(t, torch.Tensor) and t.numel()]
+    largest = max(float(t.abs().max()) for t in tensors)
+    found = {
+        name: check(mine[name], truth, error_budget(truth, eager[name], largest))
+        for name, truth in exact.items()
+    }
+    name = max(found, key=lambda name: part_of_budget(found[name]))
+    error = found[name]
+    if error.ok:
+        return Verdict(error, "", out.detach())
+    if not all(bool(torch.isfinite(t).all()) for t in mine.values()):
+        return Verdict(error, f"{name} is not finite", out.detach(), has_nan=True)
+    what = f"differs from the specification by {error.max_abs_err:.3g}; allowed {error.budget:.3g}"
+    return Verdict(error, f"{name} {what}", out.detach())
 
 
 def check_arm(
@@ -48,36 +93,21 @@ def check_arm(
     gradients: bool,
     elements: int = SPEC_ELEMENTS,
 ) -> Verdict:
-    """Run the attention of ``routing`` on ``inputs``; compare values, the selection, ``gradients`` if asked.
+    """Run the NSA of ``routing`` on ``inputs``; compare values, the selection, ``gradients`` if asked.
 
     ``elements`` bounds the specification's score matrix, which is its cost.
     """
     segments = _segments(inputs, config, elements)
-    given = _prepared(inputs, None, None, gradients)
-    out = nsa_attention(**given, config=config, routing=routing)
-    upstream = _upstream(out, segments) if gradients else None
-    mine = {"output": _pick(out.detach(), segments)}
-    if upstream is not None:
-        out.backward(upstream)
-        mine |= _gradients(given)
-
     chosen, overlap, wrong = _check_selection(inputs, route, config, segments)
-    exact = _specification(inputs, torch.float64, route, config, segments, chosen, upstream)
-    eager = _specification(inputs, None, route, config, segments, chosen, upstream)
-    tensors = [t.detach() for t in given.values() if isinstance(t, torch.Tensor) and t.numel()]
-    largest = max(float(t.abs().max()) for t in tensors)
-    found = {
-        name: check(mine[name], truth, error_budget(truth, eager[name], largest))
-        for name, truth in exact.items()
-    }
-    name = max(found, key=lambda name: part_of_budget(found[name]))
-    error = found[name]
-    reason, has_nan = wrong, False
-    if not error.ok:
-        has_nan = not all(bool(torch.isfinite(t).all()) for t in mine.values())
-        what = f"differs from the specification by {error.max_abs_err:.3g}; allowed {error.budget:.3g}"
-        reason = f"{name} is not finite" if has_nan else wrong or f"{name} {what}"
-    return Verdict(error, overlap, reason, out.detach(), has_nan)
+    found = compare(
+        inputs,
+        segments,
+        lambda given: nsa_attention(**given, config=config, routing=routing),
+        lambda given, rows: _specification(given, rows, route, config, chosen.get(rows)),
+        GRADIENTS if gradients else (),
+    )
+    reason = found.reason if found.has_nan else wrong or found.reason
+    return replace(found, reason=reason, overlap=overlap)
 
 
 def part_of_budget(error: Check) -> float:
@@ -85,17 +115,14 @@ def part_of_budget(error: Check) -> float:
     return error.max_abs_err / error.budget if error.budget else error.max_abs_err
 
 
-def _segments(inputs: Inputs, config: NSAConfig, elements: int) -> list[tuple[int, int]]:
-    """Row ranges to check: all, or short ones where something begins or ends."""
-    (batch, rows), length = inputs["q"].shape[:2], inputs["k_sel"].shape[1]
-    affordable = max(LEAST_ROWS, elements // (batch * config.num_heads * length))
+def segments_of(rows: int, affordable: int, marks: Collection[int]) -> list[Segment]:
+    """All rows, or ``affordable`` of them (LEAST_ROWS at least) in short segments around ``marks``."""
+    affordable = max(LEAST_ROWS, affordable)
     if rows <= affordable:
         return [(0, rows)]
-    reach = config.num_selected_blocks * config.selection_block_size
-    marks = {0, config.compression_block_size, config.window_size, reach, rows // 2, rows}
     part = max(1, affordable // len(marks))
     starts = sorted({min(max(0, mark - part // 2), rows - part) for mark in marks if mark <= rows})
-    segments: list[tuple[int, int]] = []
+    segments: list[Segment] = []
     for start in starts:
         begin = max(start, segments[-1][1] if segments else 0)
         if begin < start + part:
@@ -103,20 +130,30 @@ def _segments(inputs: Inputs, config: NSAConfig, elements: int) -> list[tuple[in
     return segments
 
 
-def _prepared(inputs: Inputs, device: str | None, dtype: torch.dtype | None, gradients: bool) -> Inputs:
-    def place(value: Any) -> Any:
+def _segments(inputs: Inputs, config: NSAConfig, elements: int) -> list[Segment]:
+    """Rows to check: all, or those where something begins or ends."""
+    (batch, rows), length = inputs["q"].shape[:2], inputs["k_sel"].shape[1]
+    reach = config.num_selected_blocks * config.selection_block_size
+    marks = {0, config.compression_block_size, config.window_size, reach, rows // 2, rows}
+    return segments_of(rows, elements // (batch * config.num_heads * length), marks)
+
+
+def _prepared(
+    inputs: Inputs, device: str | None, dtype: torch.dtype | None, gradients: Collection[str]
+) -> Inputs:
+    def place(name: str, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.clone().to(device=device, dtype=dtype).detach().requires_grad_(gradients)
+        return value.clone().to(device=device, dtype=dtype).detach().requires_grad_(name in gradients)
 
-    return {name: place(value) for name, value in inputs.items()}
+    return {name: place(name, value) for name, value in inputs.items()}
 
 
-def _pick(t: torch.Tensor, segments: list[tuple[int, int]]) -> torch.Tensor:
+def _pick(t: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
     return torch.cat([t[:, a:b] for a, b in segments], 1).cpu()
 
 
-def _upstream(out: torch.Tensor, segments: list[tuple[int, int]]) -> torch.Tensor:
+def _upstream(out: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
     """An upstream gradient that is zero outside the segments, so that the specification needs only those."""
     noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
     kept = torch.zeros_like(noise)
@@ -125,31 +162,49 @@ def _upstream(out: torch.Tensor, segments: list[tuple[int, int]]) -> torch.Tenso
     return kept
 
 
-def _gradients(given: Inputs) -> dict[str, torch.Tensor]:
+def _gradients(given: Inputs, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Gradients by input; zero where an input takes no part, as with a branch that is off."""
     found = {}
-    for name in GRADIENTS:
+    for name in names:
         grad = given[name].grad
         found[f"gradient of {name}"] = (torch.zeros_like(given[name]) if grad is None else grad).cpu()
     return found
 
 
+def _specified(
+    inputs: Inputs,
+    dtype: torch.dtype | None,
+    segments: Sequence[Segment],
+    specify: Callable[[Inputs, Segment], torch.Tensor],
+    gradients: Collection[str],
+    upstream: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    given = _prepared(inputs, "cpu", dtype, gradients)
+    whole = torch.cat([specify(given, rows) for rows in segments], 1)
+    results = {"output": whole.detach()}
+    if upstream is not None:
+        whole.backward(_pick(upstream, segments).to(whole))
+        results |= _gradients(given, gradients)
+    return results
+
+
 def _check_selection(
-    inputs: Inputs, route: Route, config: NSAConfig, segments: list[tuple[int, int]]
-) -> tuple[torch.Tensor | None, float | None, str]:
-    """The arm's blocks on the segments, the part the specification chose too, and what is wrong with them."""
+    inputs: Inputs, route: Route, config: NSAConfig, segments: Sequence[Segment]
+) -> tuple[dict[Segment, torch.Tensor], float | None, str]:
+    """The arm's blocks of each segment, the part the specification chose too, and what is wrong with them."""
     if route.score is None:
-        return None, None, ""
+        return {}, None, ""
     q, k_cmp, start = inputs["q"], inputs["k_cmp"], inputs["q_start"]
     length = inputs["k_sel"].shape[1]
-    chosen = _pick(route.score(q, k_cmp, config, q_start=start, kv_len=length), segments)
-    chosen = chosen.where(chosen < num_selection_blocks(length, config), -1)
+    chosen = route.score(q, k_cmp, config, q_start=start, kv_len=length)
+    by_segment: dict[Segment, torch.Tensor] = {}
     keys = k_cmp.cpu()
-    same = total = row = 0
+    same = total = 0
     wrong = ""
     for a, b in segments:
-        span, mine = q[:, a:b].cpu(), chosen[:, row : row + b - a]
-        row += b - a
+        mine = chosen[:, a:b].cpu()
+        mine = by_segment[a, b] = mine.where(mine < num_selection_blocks(length, config), -1)
+        span = q[:, a:b].cpu()
         where = {"q_start": start + a, "kv_len": length}
         spec = reference.select_blocks(span.double(), keys.double(), config, **where)
         scores = reference.block_scores(span.double(), keys.double(), config, **where)
@@ -160,7 +215,7 @@ def _check_selection(
         wrong = wrong or _exchanged(
             took, should, _ranks(scores, start + a, config), error_budget(scores, single, 1.0)
         )
-    return chosen, same / total if total else 1.0, wrong
+    return by_segment, same / total if total else 1.0, wrong
 
 
 def _exchanged(took: torch.Tensor, should: torch.Tensor, ranks: torch.Tensor, allowed: float) -> str:
@@ -194,42 +249,24 @@ def _members(indices: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def _specification(
-    inputs: Inputs,
-    dtype: torch.dtype | None,
-    route: Route,
-    config: NSAConfig,
-    segments: list[tuple[int, int]],
-    chosen: torch.Tensor | None,
-    upstream: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """What the specification gives on the segments, with the blocks the arm selected (those are checked
-    apart).
+    given: Inputs, rows: Segment, route: Route, config: NSAConfig, chosen: torch.Tensor | None
+) -> torch.Tensor:
+    """What the specification gives for some rows, with the blocks that the arm selected for them (those are
+    checked apart).
     """
-    given = _prepared(inputs, "cpu", dtype, upstream is not None)
-    start, parts, row = given["q_start"], [], 0
-    for a, b in segments:
-        q, gates = given["q"][:, a:b], given["gates"][:, a:b].unsqueeze(-1)
-        out = torch.zeros(())
-        if route.cmp is not None:
-            branch = reference.compressed_attention(
-                q, given["k_cmp"], given["v_cmp"], config, q_start=start + a
-            )
-            out = out + gates[..., 0, :] * branch[0]
-        if route.sel is not None and chosen is not None:
-            blocks = chosen[:, row : row + b - a]
-            branch = reference.selected_attention(
-                q, given["k_sel"], given["v_sel"], blocks, config, q_start=start + a
-            )
-            out = out + gates[..., 1, :] * branch[0]
-        if route.win is not None:
-            first = start + a - given["win_start"]
-            branch = reference.sliding_attention(q, given["k_win"], given["v_win"], config, q_start=first)
-            out = out + gates[..., 2, :] * branch[0]
-        parts.append(out)
-        row += b - a
-    whole = torch.cat(parts, 1)
-    results = {"output": whole.detach()}
-    if upstream is not None:
-        whole.backward(_pick(upstream, segments).to(whole))
-        results |= _gradients(given)
-    return results
+    a, b = rows
+    start = given["q_start"] + a
+    q, gates = given["q"][:, a:b], given["gates"][:, a:b].unsqueeze(-1)
+    out = torch.zeros(())
+    if route.cmp is not None:
+        branch = reference.compressed_attention(q, given["k_cmp"], given["v_cmp"], config, q_start=start)
+        out = out + gates[..., 0, :] * branch[0]
+    if route.sel is not None and chosen is not None:
+        keys, values = given["k_sel"], given["v_sel"]
+        branch = reference.selected_attention(q, keys, values, chosen, config, q_start=start)
+        out = out + gates[..., 1, :] * branch[0]
+    if route.win is not None:
+        first = start - given["win_start"]
+        branch = reference.sliding_attention(q, given["k_win"], given["v_win"], config, q_start=first)
+        out = out + gates[..., 2, :] * branch[0]
+    return out

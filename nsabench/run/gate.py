@@ -7,87 +7,89 @@ a route); and the step's output is that attention's, also as captured in a graph
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from nsa.blocks import num_compressed_blocks
-from nsa.routes import Route
 from nsa.testing import Check, check, error_budget
-from nsabench.run.check import SPEC_ELEMENTS, Verdict, check_arm, part_of_budget
-from nsabench.run.steps import Span, steps_of
-from nsabench.run.workload import Inputs, Workload
+from nsabench.run.check import SPEC_ELEMENTS, Verdict, part_of_budget
+from nsabench.run.impl import Refused
+from nsabench.run.steps import Span
+from nsabench.run.workload import Workload
+
+__all__ = ["Refused", "judge", "refuse_other_output", "refuse_wrong_cache"]
 
 # Calls of one step to check, spread from the first to the last: a prompt fed token by token has thousands.
 CHECKED_SPANS = 6
-# A product over another number of rows adds in another order, and rotation and compression round what comes
-# of it again. A wrong cache is wrong by the size of its values.
-CACHE_BUDGETS = 8.0
-
-
-class Refused(Exception):
-    """An arm that is not measured: its status and reason."""
-
-    def __init__(self, status: str, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+# Tokens on which the rounding of keys and values is measured in fp64: enough to meet the worst of it.
+ROUNDING_TOKENS = 2048
 
 
 def refuse_wrong_cache(workload: Workload) -> None:
-    """Hold what comes out of the cache against the whole prompt without one; Refused where they differ."""
-    if workload.cache is None and workload.cell.mode == "batched":
+    """Hold what comes out of the cache against the whole prompt without one; Refused where they differ.
+
+    Both are rounded, each in its own order of sums: they may differ by twice what the whole prompt's errs
+    against fp64.
+    """
+    if not workload.has_cache:
         return
-    truth = workload.inputs_without_cache()
-    for step in steps_of(workload.cell):
+    whole = workload.inputs_without_cache()
+    budgets = _budgets(workload, whole)
+    for step in workload.steps:
         for span, cached in workload.inputs(step, _spread(step.spans)):
-            for name, part in _seen(truth, cached, span, workload).items():
-                if cached[name].shape != part.shape:
-                    shapes = f"has shape {tuple(cached[name].shape)}, not {tuple(part.shape)}"
-                    raise Refused("wrong", f"{name} for token {span[1] - 1} through the cache {shapes}")
-                allowed = CACHE_BUDGETS * error_budget(part.double(), part)
-                found = check(cached[name], part.double(), allowed)
-                if not found.ok:
-                    what = f"{name} for token {span[1] - 1} through the cache"
-                    raise Refused("wrong", f"{what} {_differs(found)} without one")
+            for name, part in workload.impl.seen(whole, span, cached).items():
+                if isinstance(part, torch.Tensor):
+                    _refuse_other_part(cached[name], part, budgets[name], name, span)
 
 
-def _seen(truth: Inputs, cached: Inputs, span: Span, workload: Workload) -> dict[str, torch.Tensor]:
-    """The part of the whole prompt's inputs that a span sees."""
-    start, end = span
-    tokens = {
-        **dict.fromkeys(("q", "gates"), slice(start, end)),
-        **dict.fromkeys(("k_cmp", "v_cmp"), slice(0, num_compressed_blocks(end, workload.config))),
-        **dict.fromkeys(("k_sel", "v_sel"), slice(0, end)),
-        **dict.fromkeys(("k_win", "v_win"), slice(cached["win_start"], end)),
-    }
-    return {name: truth[name][:, part] for name, part in tokens.items()}
+def _refuse_other_part(
+    cached: torch.Tensor, part: torch.Tensor, allowed: float, name: str, span: Span
+) -> None:
+    what = f"{name} for token {span[1] - 1} through the cache"
+    if cached.shape != part.shape:
+        raise Refused("wrong", f"{what} has shape {tuple(cached.shape)}, not {tuple(part.shape)}")
+    found = check(cached, part.double(), allowed)
+    if not found.ok:
+        raise Refused("wrong", f"{what} {_differs(found)} without one")
 
 
-def judge(
-    workload: Workload, routing: str, route_of: Callable[[Span], Route]
-) -> tuple[Verdict, dict[str, torch.Tensor]]:
+def _budgets(workload: Workload, whole: dict[str, object]) -> dict[str, float]:
+    """By name of an input, what two roundings of it may differ by."""
+    some = max(ROUNDING_TOKENS, 2 * workload.config.compression_block_size)
+    exact = workload.inputs_without_cache(some, dtype=torch.float64)
+    rounded = workload.inputs_without_cache(some)
+    found = {}
+    for name, t in whole.items():
+        if isinstance(t, torch.Tensor):
+            largest = float(t.abs().max()) if t.numel() else 0.0
+            found[name] = error_budget(exact[name], rounded[name], largest)
+            if workload.dtype == torch.float64:
+                # Nothing is finer to measure by: the roundings of a sum walk at random.
+                found[name] += workload.cell.dim**0.5 * torch.finfo(torch.float64).eps * largest
+    return found
+
+
+def judge(workload: Workload, route: str) -> tuple[Verdict, dict[str, torch.Tensor]]:
     """Check the attention of every step of an arm against the specification, on a spread of its spans.
 
-    Returns the worst verdict, or the first that is wrong, and the layer's output for each step's last span.
+    Returns the worst verdict, or the first that is wrong, and the output for each step's last span.
     """
-    spans = [(step, _spread(step.spans)) for step in steps_of(workload.cell)]
+    spans = [(step, _spread(step.spans)) for step in workload.steps]
     elements = SPEC_ELEMENTS // sum(len(wanted) for _, wanted in spans)
-    gradients = workload.cell.passes != "fwd"
     verdicts: list[Verdict] = []
     outputs: dict[str, torch.Tensor] = {}
     for step, wanted in spans:
         for span, inputs in workload.inputs(step, wanted):
-            found = check_arm(
-                inputs, route_of(span), routing, workload.config, gradients=gradients, elements=elements
-            )
+            found = workload.check(inputs, span, route, elements=elements)
             if found.reason:
                 return found, {}
             verdicts.append(found)
             outputs[step.name] = workload.output(found.output)
     worst = max(verdicts, key=lambda verdict: part_of_budget(verdict.error))
     overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]
-    return replace(worst, overlap=min(overlaps, default=None)), outputs
+    proofs = list(dict.fromkeys(verdict.proof for verdict in verdicts if verdict.proof))
+    return replace(worst, overlap=min(overlaps, default=None), proof="; ".join(proofs)), outputs
 
 
 def refuse_other_output(got: torch.Tensor, expected: torch.Tensor, which: str) -> None:

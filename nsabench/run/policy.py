@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nsabench.plan import Cell, PlanError
+from nsabench.plan import CACHES, TIMERS, Cell, PlanError
 
-TIMERS = ("auto", "cpu", "event", "graph")
-CACHES = ("cold", "warm")
+_OPTION = {"sample_ms": "--sample-ms", "timeout_s": "--timeout"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +17,11 @@ class Policy:
 
     ``rounds``: visits to every arm (an interval needs 6). ``sample_ms``: steps are repeated to fill this many
     ms a sample. ``timer``: ``auto`` is cpu on a CPU, graph for decode and event for prefill on a GPU.
-    ``cache``: state of the last-level cache before a step. ``shares``, ``alone``: whether stages, and
-    branches by themselves, are measured.
+    ``cache``: state of the last-level cache before a step; ``auto`` is cold for decode, between whose steps
+    other layers evict it, and warm for all else. ``shares``, ``alone``: whether stages, and
+    branches by themselves, are measured; ``share_runs``: steps in which stages are measured. ``timeout_s``:
+    longest a cell may take, builds, checks and all of its rounds together; one that shows no progress for
+    half of it hangs.
     """
 
     rounds: int = 15
@@ -29,17 +31,24 @@ class Policy:
     shares: bool = True
     alone: bool = True
     share_runs: int = 20
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("timer", TIMERS), ("cache", CACHES)):
-            if getattr(self, name) not in allowed:
-                raise PlanError(
-                    f"--{name}: {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}"
-                )
+        for name, words in (("timer", TIMERS), ("cache", CACHES)):
+            if getattr(self, name) not in words:
+                raise PlanError(f"--{name}: {getattr(self, name)!r} is unknown; allowed: {', '.join(words)}")
         if type(self.rounds) is not int or not 1 <= self.rounds <= 10_000:
             raise PlanError(
                 f"--rounds: {self.rounds!r} is not allowed; allowed: 1 to 10000, 6 or more for an interval"
             )
+
+        for name, most in (("sample_ms", 60_000.0), ("timeout_s", 7 * 86_400.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= most:
+                allowed = f"allowed: above 0, up to {most:g}"
+                raise PlanError(f"{_OPTION[name]}: {value!r} is not allowed; {allowed}")
+        if type(self.share_runs) is not int or not 1 <= self.share_runs <= 10_000:
+            raise PlanError(f"--share-runs: {self.share_runs!r} is not allowed; allowed: 1 to 10000")
 
     def timer_for(self, cell: Cell) -> str:
         """The timer's name for a cell; PlanError where the device cannot have it."""
@@ -52,6 +61,12 @@ class Policy:
             allowed = "auto, cpu" if on_cpu else "auto, event, graph"
             raise PlanError(f"--timer: {self.timer!r} does not time {cell.device}; allowed there: {allowed}")
         return self.timer
+
+    def cache_for(self, cell: Cell) -> str:
+        """``cold`` or ``warm``."""
+        if self.cache == "auto":
+            return "cold" if cell.phase == "decode" else "warm"
+        return self.cache
 
     def to_dict(self) -> dict[str, Any]:
         """For run.json."""

@@ -1,139 +1,146 @@
-"""A plan, carried out: group after group, each arm gated and timed in interleaved rounds, each row durable
-at once.
-"""
+"""A group of cells, measured: each arm gated and timed in interleaved rounds, each row handed on at once."""
 
 from __future__ import annotations
 
-import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 
 from nsabench.measure import MeasureError, NvmlSampler, open_sampler
-from nsabench.plan import Cell, groups
+from nsabench.plan import Cell
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, refuse_wrong_cache
 from nsabench.run.policy import Policy
-from nsabench.run.workload import Workload, least_bytes
-from nsabench.store import RunDir
-from nsabench.store.schema import without_performance
+from nsabench.run.worker import Sink
+from nsabench.run.workload import Workload, least_bytes, workload_for
 
 Fields = dict[str, Any]
 
-
-class Observer(Protocol):
-    """Who watches a sweep: a live table, plain lines, a test."""
-
-    def begin(self, group: list[Cell], activity: str) -> None: ...
-
-    def activity(self, text: str) -> None: ...
-
-    def row(self, row: dict[str, Any]) -> None: ...
+SAID_EVERY_S = 0.1
+"""Rounds shorter than this are not all told of: a message costs a fifth of a millisecond."""
 
 
-def run_plan(
-    cells: list[Cell],
+class DeviceLost(RuntimeError):
+    """Nothing more can be measured in this process; the cell that did it has its row."""
+
+
+def measure_group(
+    cells: Sequence[Cell],
     policy: Policy,
-    run: RunDir,
-    observer: Observer,
+    sink: Sink,
     *,
     process: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Measure every cell that ``run`` has not finished. A failed cell is a row with a status; the sweep goes
-    on.
+    """Measure cells of one shape in the same rounds, a row of each to ``sink``. A failure is a row too.
 
-    ``process`` numbers the process that measures: samples of two processes were never taken in turn.
+    ``process`` numbers the process that measures: samples of two were never taken in turn. ``clock`` gives
+    the seconds since the run began.
 
     Raises:
-        DiskError: the disk refuses; what was finished is safe.
+        DeviceLost: a cell broke the device's context; cells without a row want a fresh process.
     """
-    began = clock()
-    session = _Session(policy, run, observer, process, lambda: clock() - began)
-    for group in groups(cells):
-        todo = [cell for cell in group if cell.cell_id not in run.finished]
-        if todo:
-            observer.begin(todo, "building")
-            session.measure(todo)
-            gc.collect()
+    workloads = _built(cells, sink)
+    arms = [
+        Arm(cell, workloads[cell.impl], policy, clock, process) for cell in cells if cell.impl in workloads
+    ]
+    if not arms:
+        return
+    for arm in arms:
+        sink.doing(f"checking {_name(arm)} against the specification")
+        _guard(arm, arm.prepare, sink)
+    with open_sampler(cells[0].device, clock=clock) as sampler:
+        began = clock()
+        _rounds(arms, policy, sampler, sink, clock)
+        ended = clock()
+    telemetry = sampler.readings
+    for arm in arms:
+        if arm.fields["status"] == "ok":
+            sink.doing(f"stages, branches and memory of {_name(arm)}")
+        _guard(arm, arm.finish, sink)
+        arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
+        arm.release()
+        sink.done(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
 
 
-@dataclass(frozen=True)
-class _Session:
-    policy: Policy
-    run: RunDir
-    observer: Observer
-    process: int
-    clock: Callable[[], float]
-    """Seconds since the session began."""
-
-    def measure(self, group: list[Cell]) -> None:
+def _built(cells: Sequence[Cell], sink: Sink) -> dict[str, Workload]:
+    """What is to be timed for each implementation; one that cannot be built becomes rows."""
+    workloads: dict[str, Workload] = {}
+    impls = dict.fromkeys(cell.impl for cell in cells)
+    for impl in impls:
+        mine = [cell for cell in cells if cell.impl == impl]
         failed: Fields = {}
+        sink.mark(mine[0] if len(impls) > 1 else None)
         try:
             with _failures(failed):
-                _refuse_hopeless(group[0])
-                workload = Workload(group[0])
+                _refuse_hopeless(mine[0])
+                workload = workload_for(mine[0])
                 refuse_wrong_cache(workload)
+                workloads[impl] = workload
         except _Failed:
-            for cell in group:
-                self._store({**cell.to_dict(), "cell_id": cell.cell_id, **failed}, [])
+            for cell in mine:
+                sink.done({**cell.to_dict(), "cell_id": cell.cell_id, **failed})
+    return workloads
+
+
+def _rounds(
+    arms: list[Arm], policy: Policy, sampler: NvmlSampler, sink: Sink, clock: Callable[[], float]
+) -> None:
+    """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
+    shuffle = random.Random(arms[0].cell.seed)
+    said = -math.inf
+    for number in range(policy.rounds):
+        living = [arm for arm in arms if arm.fields["status"] == "ok"]
+        if not living:
             return
-        arms = [Arm(cell, workload, self.policy, self.clock, self.process) for cell in group]
-        for arm in arms:
-            self.observer.activity(f"checking {arm.cell.route} against the specification")
-            _guard(arm, arm.prepare)
-        with open_sampler(group[0].device, clock=self.clock) as sampler:
-            began = self.clock()
-            self._rounds(arms, sampler)
-            ended = self.clock()
-        telemetry = sampler.readings
-        for arm in arms:
-            if arm.fields["status"] == "ok":
-                self.observer.activity(f"stages, branches and memory of {arm.cell.route}")
-            _guard(arm, arm.finish)
-            arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
-            arm.release()
-            self._store(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
-
-    def _rounds(self, arms: list[Arm], sampler: NvmlSampler) -> None:
-        """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
-        shuffle = random.Random(arms[0].cell.seed)
-        for number in range(self.policy.rounds):
-            living = [arm for arm in arms if arm.fields["status"] == "ok"]
-            if not living:
-                return
-            shuffle.shuffle(living)
-            self.observer.activity(f"round {number + 1} of {self.policy.rounds}")
-            sampler.edge()
-            for position, arm in enumerate(living):
-                _guard(arm, partial(arm.sample, number, position))
+        shuffle.shuffle(living)
+        if clock() - said >= SAID_EVERY_S:
+            sink.doing(f"round {number + 1} of {policy.rounds}")
+            said = clock()
         sampler.edge()
+        for position, arm in enumerate(living):
+            _guard(arm, partial(arm.sample, number, position), sink)
+    sampler.edge()
 
-    def _store(self, fields: Fields, samples: Sequence[Fields], telemetry: Sequence[Fields] = ()) -> None:
-        row = fields if fields["status"] == "ok" else without_performance(fields)
-        self.run.append(row, samples, telemetry)
-        self.observer.row(self.run.finished[row["cell_id"]])
+
+def _name(arm: Arm) -> str:
+    return arm.cell.route if arm.cell.impl == "nsa" else arm.cell.impl
 
 
 class _Failed(Exception):
     """A failure that has become a status and a reason."""
 
 
-def _guard(arm: Arm, act: Callable[[], None]) -> None:
+def _guard(arm: Arm, act: Callable[[], None], sink: Sink) -> None:
     if arm.fields["status"] != "ok":
         return
+    sink.mark(arm.cell)
     try:
         with _failures(arm.fields):
             act()
     except _Failed:
+        if arm.fields["status"] == "error" and (lost := _lost(arm.cell.device)):
+            sink.done(arm.fields, arm.samples)
+            raise DeviceLost(f"the device was lost when {_name(arm)} failed: {lost}") from None
         arm.release()
+
+
+def _lost(device: str) -> str:
+    """Why the device can do nothing more in this process; empty while it can."""
+    if device == "cpu":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return _line(error)
+    return ""
 
 
 @contextmanager

@@ -20,8 +20,8 @@ Span = tuple[int, int]
 class Step:
     """What is timed, as token spans in the order they are fed, and its weight in the cell's total.
 
-    Decode has two: a step that completes a compressed block (``emit``) and one that does not (``plain``),
-    weighted by how often each happens. Other phases have one, named ``""``.
+    Decode of an NSA layer has two: a step that completes a compressed block (``emit``) and one that does not
+    (``plain``), weighted by how often each happens. All else has one, named ``""``.
     """
 
     name: str
@@ -31,6 +31,8 @@ class Step:
 
 def steps_of(cell: Cell) -> list[Step]:
     """The steps of a cell. Decode: at S or less than a stride before; else the whole prompt in its pieces."""
+    if cell.phase == "decode" and (cell.impl, cell.scope) != ("nsa", "module"):
+        return [Step("", 1.0, ((cell.S - 1, cell.S),))]
     if cell.phase == "decode":
         return [Step(name, weight, ((length - 1, length),)) for name, weight, length in _decode_lengths(cell)]
     size = {"batched": cell.S, "stepwise": 1}.get(cell.mode) or int(cell.mode.partition("=")[2])

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-from scipy import stats as scipy_stats
 
 from nsabench.stats.intervals import MIN_VALUES, Interval, StatsError, Values, paired_logs, paired_ratio
 
@@ -82,6 +81,8 @@ def mean_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
 
     Raises StatsError as `paired_ratio`.
     """
+    from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
+
     logs = paired_logs(a, b)
     point, n = float(np.mean(logs)), len(logs)
     if n < MIN_VALUES:
@@ -167,6 +168,8 @@ def _percent(ratio: float) -> str:
 
 
 def _signed_rank_p(a: Values, b: Values) -> float:
+    from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
+
     logs = paired_logs(a, b)
     if not np.any(logs):
         return 1.0
@@ -189,4 +192,6 @@ def _holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def _bh(p_values: np.ndarray) -> np.ndarray:
+    from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
+
     return np.asarray(scipy_stats.false_discovery_control(p_values)) if len(p_values) else p_values

@@ -2,17 +2,22 @@
 
 from nsabench.store.environment import capture_environment, git_revision
 from nsabench.store.files import DiskError, StoreError
-from nsabench.store.reading import Run, load_run
+from nsabench.store.merge import merge_runs
+from nsabench.store.reading import Run, RunCells, find_runs, load_cells, load_run
 from nsabench.store.runs import RunDir
 from nsabench.store.schema import SchemaError
 
 __all__ = [
     "DiskError",
     "Run",
+    "RunCells",
     "RunDir",
     "SchemaError",
     "StoreError",
     "capture_environment",
+    "find_runs",
     "git_revision",
+    "load_cells",
     "load_run",
+    "merge_runs",
 ]

@@ -65,8 +65,13 @@ def replace(path: Path, data: bytes) -> None:
     """Put `data` in place of the file in one step: a crash leaves the old content or the new."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
-    create(temporary, data)
-    temporary.replace(path)
+    try:
+        create(temporary, data)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

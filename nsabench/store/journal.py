@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from nsabench.store.files import StoreError, disk_error, header
-from nsabench.store.schema import CELL_COLUMNS, SCHEMA_VERSION, TABLES, SchemaError, clean_row, is_missing
+from nsabench.store.schema import (
+    CELL_COLUMNS,
+    SCHEMA_VERSION,
+    TABLES,
+    SchemaError,
+    clean_row,
+    columns_of,
+    is_missing,
+    upgraded,
+)
 
 RUN_FILE = "run.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -35,7 +44,7 @@ def journal_line(row: Mapping[str, Any], sizes: Mapping[str, int]) -> bytes:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """run.json of the run at `path`; StoreError where there is none or its schema is not this one's."""
+    """run.json of the run at `path`; StoreError where there is none, or its schema is not one known here."""
     try:
         info = json.loads((path / RUN_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -51,13 +60,16 @@ def read_info(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path} has schema {version}; this nsabench reads {SCHEMA_VERSION}: upgrade nsabench"
         )
-    if version < SCHEMA_VERSION:
-        raise StoreError(f"{path} has schema {version}; this nsabench reads {SCHEMA_VERSION} only")
+    if version < 1:
+        raise StoreError(f"{path} is not a run: there never was a schema {version}")
+    sources = info.get("sources", [{"run_id": ""}])
+    if not isinstance(sources, list) or not all(isinstance(s, dict) and "run_id" in s for s in sources):
+        raise StoreError(f"{path} is damaged: sources in {RUN_FILE} is no list of runs")
     return dict(info)
 
 
-def read_journal(path: Path) -> Journal:
-    """The journal of the run at `path`. A last line cut short counts as never written.
+def read_journal(path: Path, version: int = SCHEMA_VERSION) -> Journal:
+    """The journal of the run at `path`, of that schema. A last line cut short counts as never written.
 
     FileNotFoundError where there is no journal; StoreError for a damaged one.
     """
@@ -68,7 +80,7 @@ def read_journal(path: Path) -> Journal:
     except OSError as error:
         raise disk_error(f"read {path / JOURNAL_FILE}", error) from error
     rows: dict[str, dict[str, Any]] = {}
-    sizes = {file: len(header(columns)) for file, columns in TABLES.items()}
+    sizes = {file: len(header(columns_of(file, version))) for file in TABLES}
     length = 0
     for number, line in enumerate(lines, start=1):
         try:
@@ -76,7 +88,7 @@ def read_journal(path: Path) -> Journal:
                 raise ValueError("no end of line")
             record = json.loads(line)
             cell_id = record["cell_id"]
-            row = clean_row(record["row"], CELL_COLUMNS)
+            row = clean_row(upgraded(record["row"], version), CELL_COLUMNS)
             sizes_then = {file: int(record["sizes"][file]) for file in TABLES}
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             if number == len(lines) and not isinstance(error, SchemaError):

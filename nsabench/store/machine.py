@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ def peaks_file(environment: Mapping[str, Any], device: str, folder: Path | None 
     """Where the peaks of `device` lie on the machine of `environment` (as `capture_environment` gives it).
 
     They belong to the GPU and its driver, or to the CPU and the number of threads, and to the torch that
-    measured them. `folder` defaults to `~/.cache/nsabench`.
+    measured them. `folder` defaults to `nsabench` in the user's cache (`XDG_CACHE_HOME`, `~/.cache`).
     """
     about = environment.get("torch") or {}
     if device.startswith("cuda"):
@@ -26,7 +27,9 @@ def peaks_file(environment: Mapping[str, Any], device: str, folder: Path | None 
         cpu = environment.get("cpu") or {}
         key = ["cpu", cpu.get("model"), cpu.get("affinity"), about.get("threads"), about.get("version")]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-    return (folder or Path.home() / ".cache" / "nsabench") / f"peaks-{key[0]}-{name}.json"
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsabench"
+    return folder / f"peaks-{key[0]}-{name}.json"
 
 
 def save_peaks(path: Path, peaks: Mapping[str, Any]) -> None:

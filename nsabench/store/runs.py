@@ -32,6 +32,7 @@ from nsabench.store.schema import SCHEMA_VERSION, TABLES, SchemaError, check_row
 _LOCK_FILE = ".lock"
 _PID_FILE = ".pid"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:=+/-]{0,63}")
 
 Row = Mapping[str, Any]
 
@@ -70,15 +71,20 @@ class RunDir:
         environment: dict[str, Any],
         policy: dict[str, Any],
         seed: int,
+        tags: Sequence[str] = (),
+        suite: dict[str, Any] | None = None,
     ) -> "RunDir":
         """A new run in a new folder of `root`, named after UTC time, `name` and the commit in `environment`.
 
-        The folder appears whole or not at all. StoreError where `root` cannot be written or `name` cannot
-        name a folder, DiskError where the disk is full; either leaves nothing behind.
+        `tags` are words to find the run by, repeated ones kept once; `suite` is the suite it came from, as
+        resolved. The folder appears whole or not at all. StoreError where `root` cannot be written, or `name`
+        cannot name a folder or a tag is no word, DiskError where the disk is full; either leaves nothing
+        behind.
         """
         if not _NAME.fullmatch(name):
             raise StoreError(f"run name {name!r} is not usable; allowed: letters, digits and _.-, up to 64")
-        now = _utc_now()
+        check_tags(tags)
+        now = utc_now()
         info = {
             "schema_version": SCHEMA_VERSION,
             "run_id": None,
@@ -87,6 +93,8 @@ class RunDir:
             "argv": argv,
             "repro": repro,
             "seed": seed,
+            "tags": list(dict.fromkeys(tags)),
+            "suite": suite,
             "policy": policy,
             "environment": environment,
             "plan": plan,
@@ -97,7 +105,8 @@ class RunDir:
             raise StoreError(f"{RUN_FILE} cannot hold what it was given: {error}") from error
         commit = str(environment.get("commit") or "nogit")[:7]
         dirty = "-dirty" if environment.get("dirty") else ""
-        path = _create_folder(Path(root), f"{now:%Y%m%dT%H%M%SZ}-{name}-{commit}{dirty}", info)
+        empty = {file: header(columns) for file, columns in TABLES.items()} | {JOURNAL_FILE: b""}
+        path = create_folder(Path(root), f"{now:%Y%m%dT%H%M%SZ}-{name}-{commit}{dirty}", info, empty)
         try:
             return cls._opened(path)
         except BaseException:
@@ -108,11 +117,19 @@ class RunDir:
     def open(cls, path: Path | str) -> "RunDir":
         """The run at `path`, to be continued: takes its lock and removes what was left half-written.
 
-        StoreError, with nothing changed on disk, for a folder that is no run, one of another schema, a
-        damaged one, and one that another process is writing.
+        StoreError, with nothing changed on disk, for a folder that is no run, one of another schema (older
+        ones too), a damaged one, and one that another process is writing.
         """
         path = Path(path)
-        read_info(path)
+        info = read_info(path)
+        if "sources" in info:
+            raise StoreError(f"{path} is merged from {len(info['sources'])} runs; continue those, then merge")
+        version = info["schema_version"]
+        if version < SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} has schema {version}, which can be read but not continued; "
+                f"this nsabench writes {SCHEMA_VERSION}: measure anew"
+            )
         try:
             inspect(path)
         except OSError as error:
@@ -210,8 +227,18 @@ class RunDir:
         self._sizes = sizes
 
 
-def _create_folder(root: Path, stem: str, info: dict[str, Any]) -> Path:
-    """A new run folder in `root`, and `root` with it. On failure neither is left."""
+def check_tags(tags: Sequence[str]) -> None:
+    """StoreError for a tag that is not one word."""
+    for tag in tags:
+        if not isinstance(tag, str) or not _TAG.fullmatch(tag):
+            raise StoreError(f"tag {tag!r} is not usable; allowed: letters, digits and _.:=+/-, up to 64")
+
+
+def create_folder(root: Path, stem: str, info: dict[str, Any], files: Mapping[str, bytes]) -> Path:
+    """A new folder in `root` that holds run.json and `files`; makes `root` too. On failure neither is left.
+
+    `stem` gets a number where the name is taken; the name becomes the `run_id` of run.json.
+    """
     made = _missing_folders(root)
     temporary = root / f".{stem}.{os.getpid()}.new"
     try:
@@ -220,7 +247,7 @@ def _create_folder(root: Path, stem: str, info: dict[str, Any]) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         while True:
             path = _free_name(root, stem)
-            _fill_folder(temporary, {**info, "run_id": path.name})
+            _fill_folder(temporary, {**info, "run_id": path.name}, files)
             with contextlib.suppress(FileExistsError):
                 _rename_new(temporary, path)
                 sync_folder(root)
@@ -236,12 +263,11 @@ def _create_folder(root: Path, stem: str, info: dict[str, Any]) -> Path:
         raise
 
 
-def _fill_folder(path: Path, info: dict[str, Any]) -> None:
+def _fill_folder(path: Path, info: dict[str, Any], files: Mapping[str, bytes]) -> None:
     path.mkdir()
     create(path / RUN_FILE, json.dumps(info, indent=1).encode() + b"\n")
-    for file, columns in TABLES.items():
-        create(path / file, header(columns))
-    create(path / JOURNAL_FILE, b"")
+    for file, data in files.items():
+        create(path / file, data)
     sync_folder(path)
 
 
@@ -285,5 +311,5 @@ def _holder(path: Path) -> str:
         return ""
 
 
-def _utc_now() -> datetime:
+def utc_now() -> datetime:
     return datetime.now(UTC)

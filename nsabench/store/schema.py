@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 STATUSES = ("ok", "unsupported", "wrong", "oom", "timeout", "hang", "nan", "error", "invalid")
 """What became of a cell. Only `ok` rows carry performance columns; every other status carries a reason."""
@@ -57,7 +57,8 @@ _WHAT = (
     _text("phase", "decode, prefill or train"),
     _text("passes", "fwd, bwd or fwd_bwd"),
     _text("mode", "batched, stepwise or chunked=N: how the tokens are fed"),
-    _text("impl", "the implementation measured"),
+    _text("impl", "the implementation measured: nsa, or what it is compared with, as dense"),
+    _text("scope", "what is timed: module (the whole layer) or core (the attention on given inputs)"),
     _int("S", "tokens", "sequence length: keys seen by the measured step"),
     _int("B", "sequences", "batch size"),
     _int("dim", "channels", "model width"),
@@ -74,6 +75,7 @@ _WHAT = (
     _text("device", "cpu, cuda or cuda:N"),
     _text("selection", "how blocks come to be selected: natural, random, overlap=X or file"),
     _int("seed", "1", "seed of weights and inputs"),
+    _int("twin", "1", "0; above, the same cell timed again in the same rounds, as a comparison's control"),
 )
 
 _ROUTE = (
@@ -204,6 +206,20 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "kernels.csv": KERNEL_COLUMNS,
 }
 
+_SINCE = {"scope": 2, "twin": 2}
+_BEFORE: dict[str, str | int] = {"scope": "module", "twin": 0}
+
+
+def columns_of(file: str, version: int) -> tuple[Column, ...]:
+    """The columns that `file` has in a run of that schema version."""
+    return tuple(c for c in TABLES[file] if _SINCE.get(c.name, 1) <= version)
+
+
+def upgraded(row: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """A row of cells.csv of that schema version with what later columns were then understood to be."""
+    return {**row, **{name: value for name, value in _BEFORE.items() if version < _SINCE[name]}}
+
+
 _NOT_PERFORMANCE = {"n_samples", "n_rounds", "timer", "regime", "cache", "shares_note"}
 _DERIVED = {"tflops", "gbps", "pct_of_limit", "tokens_per_s"}
 _MEASURED_MEMORY = {"peak_alloc_bytes", "peak_reserved_bytes", "nvml_used_bytes"}
@@ -262,6 +278,15 @@ def without_performance(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clean(column: Column, value: Any) -> str | int | float | None:
+    # The values of nearly every row first: a store of thousands of cells passes here a million times.
+    if value is None:
+        return "" if column.kind == "str" else None
+    if type(value) is float and column.kind == "float":
+        return value if value == value else None
+    if type(value) is str and column.kind == "str" and value.isprintable():
+        return value
+    if type(value) is int and column.kind == "int" and -(2**63) <= value < 2**63:
+        return value
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if not hasattr(value, "ndim"):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import nsa.routes
 from nsabench.cli import app
+from nsabench.commands import _execute
 from nsabench.run import Policy
 from nsabench.store import Run, load_run
 
@@ -43,13 +44,26 @@ class Done:
 Call = Callable[..., Done]
 
 
+def hide_git(patch: pytest.MonkeyPatch, folders: pytest.TempPathFactory) -> None:
+    """Put a git that knows nothing before the true one; compilers are found as ever."""
+    git = folders.mktemp("bin") / "git"
+    git.write_text("#!/bin/sh\nexit 1\n")
+    git.chmod(0o755)
+    patch.setenv("PATH", str(git.parent), prepend=os.pathsep)
+
+
+def no_workers(*given: Any, **more: Any) -> None:
+    """In place of an executor: what a test plants in this process is not in another."""
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run to copy: decode of two lengths and two routes."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setenv("PATH", "")
+        hide_git(patch, tmp_path_factory)
+        patch.setattr(_execute, "LocalExecutor", no_workers)
         patch.setitem(Policy.__init__.__kwdefaults__, "sample_ms", 0.5)
         arguments = ["decode", *TINY, "--S", "32,64", "--routes", "auto;sel=reference"]
         patch.setattr(sys, "argv", ["nsabench", *arguments])
@@ -59,16 +73,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, on a machine without git: a commit made meanwhile is not this test's."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "")
+    hide_git(monkeypatch, tmp_path_factory)
     return tmp_path
 
 
 @pytest.fixture
 def call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """`nsabench` in this process, with samples of half a millisecond instead of twenty."""
+    """`nsabench` in this process, without workers, with samples of half a millisecond instead of twenty."""
+    monkeypatch.setattr(_execute, "LocalExecutor", no_workers)
     monkeypatch.setitem(Policy.__init__.__kwdefaults__, "sample_ms", 0.5)
 
     def run(*arguments: str) -> Done:

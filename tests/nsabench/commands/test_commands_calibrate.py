@@ -14,7 +14,7 @@ from nsabench.measure import peaks
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A new home, and a calibration that takes a moment."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / ".cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, value in {"_COPY_LEAST": 2**20, "_COPY_MOST": 2**20, "_TRY_S": 0.01, "_LONG_S": 0.0}.items():
         monkeypatch.setattr(peaks, name, value)

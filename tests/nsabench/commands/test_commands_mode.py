@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsabench.commands.prefill import mode_of
+from nsabench.commands._options import mode_of
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,11 @@ def test_a_size_that_is_none(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("--dim 1,2", "--dim: '1,2' is not a whole number"),
+        ("--rounds 1,2", "--rounds: '1,2' is not a whole number"),
+        ("--groups 1,3", "--groups must divide --heads=2, got 3"),
+        ("--dk 8,7", "--dk: 7 is odd; rotary positions need an even key dim"),
         ("--seed -1", "--seed: '-1' is too small; it must be at least 0"),
-        ("--seed x", "--seed: 'x' is not a whole number"),
+        ("--seed x", "--seed: 'x' is not a size; allowed"),
         ("--rounds 10001", "--rounds: 10001 is not allowed; allowed: 1 to 10000, 6 or more for an interval"),
         ("--S 4k:1k:x2", "--S: range '4k:1k:x2' runs backwards; write the smaller end first"),
         ("--heads 3 --groups 2", "--groups must divide --heads=3, got 2"),
@@ -76,7 +78,7 @@ def test_a_size_that_is_none(
         ("--device cuda:x", "--device: 'cuda:x'; allowed: auto, cpu, cuda, cuda:N"),
         ("--timer event", "--timer: 'event' does not time cpu; allowed there: auto, cpu"),
         ("--timer sundial", "--timer: 'sundial' is unknown; allowed: auto, cpu, event, graph"),
-        ("--cache hot", "--cache: 'hot' is unknown; allowed: cold, warm"),
+        ("--cache hot", "--cache: 'hot' is unknown; allowed: auto, cold, warm"),
         ("--routes nonsense", "--routes: unknown route 'nonsense'; allowed: auto, env, "),
         (
             "--routes up=sdpa",
@@ -88,6 +90,24 @@ def test_a_size_that_is_none(
         ("--routes auto;auto", "--routes: 'auto' is given twice in 'auto;auto'; name each route once"),
         ("--routes fa2", "--routes: 'fa2' cannot run here: cmp=fa2: needs a CUDA GPU, got cpu"),
         ("--routes fa2;win=fa2", "'win=fa2' cannot run here: win=fa2: needs a CUDA GPU, got cpu"),
+        ("--scope layer", "--scope: 'layer' is unknown; allowed: module, core"),
+        ("--scope module,", "--scope: '' is unknown; allowed: module, core"),
+        ("--baseline sparse", "--baseline: 'sparse' is unknown; allowed: dense, none"),
+        ("--baseline none,dense", "--baseline: 'none,dense'; none goes alone"),
+        ("--selection random", "--selection: 'random'; allowed: natural"),
+        ("--selection fixed", "--selection: 'fixed'; allowed: natural, random, overlap=X"),
+        ("--budget soon", "--budget: 'soon' is not a length of time; allowed: 90s, 9m, 1h30m, above 0"),
+        ("--timeout 0", "--timeout: '0' is not a length of time; allowed: 90s, 9m, 1h30m, above 0"),
+        ("--timeout 8d", "--timeout: 691200.0 is not allowed; allowed: above 0, up to 604800"),
+        ("--sample-ms 0", "--sample-ms: 0.0 is not allowed; allowed: above 0, up to 60000"),
+        ("--share-runs 0", "--share-runs: '0' is too small; it must be at least 1"),
+        ("--share-runs 20000", "--share-runs: 20000 is not allowed; allowed: 1 to 10000"),
+        ("--tag a,b", "--tag: 'a,b'; allowed: words of letters, digits and _.:/=+-"),
+        ("--save-suite /dev/null/x.toml", "cannot write /dev/null/x.toml: Not a directory"),
+        ("--save-suite /dev/null", "/dev/null exists; name another file"),
+        ("--memory-limit 2GiB", "--memory-limit: only with --find-max-S"),
+        ("--find-max-S --dry-run", "--dry-run: shows what would be timed; --find-max-S times nothing"),
+        ("--S 1:9999:+1 --B 1:9999:+1", "--S: with the other axes, names 99980001 cells, over 100000"),
         ("--out /dev/null/results", "cannot create a run in /dev/null/results: Not a directory"),
         ("--out /proc/results", "cannot create a run in /proc/results: "),
     ],
@@ -129,9 +149,15 @@ def test_options_of_prefill_that_cannot_be(
     assert said in refused(call, folder, "prefill", *tiny, *arguments.split())
 
 
-@pytest.mark.parametrize("command", ["resume", "plot"])
-def test_a_run_that_is_none(call: Call, folder: Path, command: str) -> None:
-    assert refused(call, folder, command, "nowhere") == "nowhere is not a run: it has no run.json"
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("resume", "nowhere is not a run: it has no run.json"),
+        ("plot", "nowhere is neither a run nor a folder of runs"),
+    ],
+)
+def test_a_run_that_is_none(call: Call, folder: Path, command: str, said: str) -> None:
+    assert refused(call, folder, command, "nowhere") == said
 
 
 @pytest.mark.parametrize(

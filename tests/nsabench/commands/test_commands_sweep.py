@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import nsabench.store.runs
-from nsabench.commands import _sweep
-from nsabench.commands._sweep import exit_code
+from nsabench.commands import _execute
+from nsabench.commands._execute import exit_code
 from nsabench.run import arm
 from nsabench.store import Run
 
@@ -80,7 +80,9 @@ def test_decode_is_cold_and_prefill_is_warm_unless_told(
     call: Call, tiny: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(_sweep, "run_plan", lambda cells, policy, *_, **__: asked.append(policy.cache))
+    monkeypatch.setattr(
+        _execute, "run_plan", lambda cells, policy, *_, **__: asked.append(policy.cache_for(cells[0]))
+    )
     at = tiny.index("--cache")
     without = tiny[:at] + tiny[at + 2 :]
     for command in ("decode", "prefill"):
@@ -114,7 +116,8 @@ def test_routes_side_by_side_have_a_ratio(call: Call, tiny: list[str], the_run: 
     run = the_run()
     routes = ["auto", "cmp=reference,win=reference", "sel=sdpa"]
     assert [(row["B"], row["route"]) for row in run.rows] == [(b, r) for b in (1, 2) for r in routes]
-    assert [row["win_backend"] for row in run.rows[:3]] == ["sdpa", "reference", "sdpa"]
+    first, named, other = (row["win_backend"] for row in run.rows[:3])
+    assert first == other != named == "reference"
     assert len({row["cell_id"] for row in run.rows}) == 6
     assert (folder / "plots" / run.run_id / "prefill-speed.svg").is_file()
     for row in run.rows[:3]:
@@ -169,7 +172,7 @@ def test_a_wrong_backend_has_no_latency_and_exit_code_1(
     call: Call, tiny: list[str], the_run: TheRun, plant: Plant, command: str
 ) -> None:
     plant(SLIDING, window_off_by_one)
-    done = call(command, *tiny, "--routes", "auto;win=reference")
+    done = call(command, *tiny, "--in-process", "--routes", "win=sdpa;win=reference")
     assert done.code == 1
     wrong, right = the_run().rows
     assert (wrong["status"], wrong["ms_total"], wrong["tokens_per_s"]) == ("wrong", None, None)
@@ -188,7 +191,7 @@ def test_a_gradient_one_percent_off_has_exit_code_1(
         return true(q, *given, **more)
 
     plant(SLIDING, bug)
-    assert call("prefill", *tiny, "--passes", "fwd,bwd").code == 1
+    assert call("prefill", *tiny, "--in-process", "--routes", "win=sdpa", "--passes", "fwd,bwd").code == 1
     assert [row["status"] for row in the_run().rows] == ["ok", "wrong"]
     assert "gradient of q differs" in the_run().rows[1]["reason"]
 
@@ -197,7 +200,7 @@ def test_what_is_not_a_number_has_exit_code_1(
     call: Call, tiny: list[str], the_run: TheRun, plant: Plant
 ) -> None:
     plant(SLIDING, lambda true, *given, **more: (true(*given, **more)[0] * float("nan"), None))
-    assert call("decode", *tiny).code == 1
+    assert call("decode", *tiny, "--in-process", "--routes", "win=sdpa").code == 1
     assert [row["status"] for row in the_run().rows] == ["nan"]
 
 
@@ -237,7 +240,9 @@ def test_figures_that_cannot_be_written_do_not_hide_a_wrong_result(
 ) -> None:
     plant(SLIDING, window_off_by_one)
     drawn = [option for option in tiny if option != "--no-plots"]
-    done = call("decode", *drawn, "--routes", "auto;win=reference", "--plots", "/dev/null/plots")
+    done = call(
+        "decode", *drawn, "--routes", "win=sdpa;win=reference", "--plots", "/dev/null/plots", "--in-process"
+    )
     assert done.code == 1
 
 
@@ -305,13 +310,13 @@ def test_the_defaults_are_a_small_model_here(
 def test_ctrl_c_says_how_to_go_on(
     call: Call, tiny: list[str], the_run: TheRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = _sweep.run_plan
+    measure = _execute.run_plan
 
     def interrupted(cells: Any, *given: Any, **more: Any) -> None:
         measure(cells[:1], *given, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_sweep, "run_plan", interrupted)
+    monkeypatch.setattr(_execute, "run_plan", interrupted)
     done = call("decode", *tiny, "--S", "32,64")
     assert done.code == 130
     run = the_run()

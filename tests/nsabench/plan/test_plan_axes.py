@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsabench.plan import PlanError, parse_ints, parse_routes
-from nsabench.plan.axes import MAX_VALUES
+from nsabench.plan import PlanError, nearest, parse_duration, parse_ints, parse_routes
+from nsabench.plan.axes import MAX_VALUES, sizes_text
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,47 @@ def test_routes_are_split_at_semicolons_and_tidied() -> None:
 def test_refused_routes(text: str, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         parse_routes(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("90", 90.0), ("90s", 90.0), ("1.5h", 5400.0), ("1h30m", 5400.0), (" 9m ", 540.0)),
+        *(("500ms", 0.5), ("1d", 86400.0), ("0.25", 0.25), ("1h0m1s", 3601.0)),
+    ],
+)
+def test_lengths_of_time(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0s", "-1", "m", "9 m", "1e3", "1.2.3s", "soon", "nan", "inf", "9" * 30, "1h30", ".5s"]
+)
+def test_what_is_no_length_of_time(text: str) -> None:
+    with pytest.raises(PlanError, match=r"^--timeout: '.*' is not a length of time; allowed: 90s, 9m, 1h30m"):
+        parse_duration(text, name="--timeout")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ([512, 1024, 1536], "512,1k,1536"),
+        ([1024, 2048, 4096], "1k,2k,4k"),
+        ([1024 << n for n in range(8)], "1k:128k:x2"),
+        ([512, 1024, 2048, 4096], "512:4k:x2"),
+        ([2**20, 3 * 2**20], "1m,3m"),
+        ([4, 2, 1], "4,2,1"),
+    ],
+)
+def test_sizes_in_short(sizes: list[int], text: str) -> None:
+    assert sizes_text(sizes) == text
+
+
+@given(st.lists(st.integers(1, 2**62), min_size=1, max_size=8, unique=True))
+def test_sizes_in_short_read_back(sizes: list[int]) -> None:
+    assert parse_ints(sizes_text(sizes)) == sizes
+
+
+def test_the_nearest_known_name() -> None:
+    assert nearest("rutes", ["routes", "rounds"]) == "did you mean routes?"
+    assert nearest("zzz", ["routes", "rounds"]) == "known: routes, rounds"

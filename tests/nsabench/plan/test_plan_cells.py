@@ -38,7 +38,8 @@ CHANGES: dict[str, Any] = {
     "phase": "prefill",
     "passes": "bwd",
     "mode": "chunked=64",
-    "impl": "peer",
+    "impl": "dense",
+    "scope": "core",
     "S": 513,
     "B": 2,
     "dim": 257,
@@ -55,6 +56,7 @@ CHANGES: dict[str, Any] = {
     "device": "cuda:1",
     "selection": "overlap=0.5",
     "seed": 1,
+    "twin": 1,
     "route": "cmp=fa2,sel=triton",
 }
 
@@ -62,16 +64,16 @@ CHANGES: dict[str, Any] = {
 def test_the_id_is_the_same_in_every_run_and_version() -> None:
     """Stored runs are resumed and compared by these ids: changing them orphans every stored run."""
     assert cell().cell_id == "cada589bbad0"
-    assert cell().group_key == "04c20976d707"
+    assert cell().group_key == "5e98ee934260"
 
 
-def test_every_field_enters_the_id_and_only_the_route_stays_out_of_the_group() -> None:
+def test_every_field_enters_the_id_and_only_the_arms_own_stay_out_of_the_group() -> None:
     assert list(CHANGES) == [f.name for f in dataclasses.fields(Cell)]
     changed = [cell(**{name: value}) for name, value in CHANGES.items()]
     ids = {c.cell_id for c in [cell(), *changed]}
     assert len(ids) == len(CHANGES) + 1
     for name, other in zip(CHANGES, changed, strict=True):
-        assert (other.group_key == cell().group_key) == (name == "route"), name
+        assert (other.group_key == cell().group_key) == (name in ("impl", "route", "twin")), name
 
 
 def test_a_cell_survives_json_and_is_hashable() -> None:
@@ -88,8 +90,30 @@ def test_from_dict_refuses_unknown_and_missing_fields() -> None:
     with pytest.raises(PlanError, match="unknown 'heat'; known: phase, passes"):
         Cell.from_dict({**fields, "heat": 1})
     del fields["w"], fields["impl"]
-    with pytest.raises(PlanError, match="impl, w missing"):
+    with pytest.raises(PlanError, match=r"impl, w missing"):
         Cell.from_dict(fields)
+
+
+def test_a_plan_stored_before_there_was_a_scope_measured_the_module() -> None:
+    fields = cell().to_dict()
+    del fields["scope"]
+    assert Cell.from_dict(fields) == cell(scope="module")
+
+
+def test_a_baseline_has_no_routes() -> None:
+    assert cell(impl="dense").route == "auto"
+    assert cell(impl="dense:flash").impl == "dense:flash"
+    with pytest.raises(PlanError, match=r"^cell: route is 'sdpa'; dense has no routes, only auto$"):
+        cell(impl="dense", route="sdpa")
+
+
+def test_baselines_follow_the_routes_of_each_shape_in_its_group() -> None:
+    cells = sweep(
+        S=[512, 256], B=[1], routes=["sdpa", "auto"], passes=["fwd"], baselines=["dense", "dense"], **FIXED
+    )
+    arms = [(c.impl, c.route) for c in cells]
+    assert arms == [("nsa", "sdpa"), ("nsa", "auto"), ("dense", "auto")] * 2
+    assert groups(cells) == [cells[:3], cells[3:]]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +131,7 @@ def test_from_dict_refuses_unknown_and_missing_fields() -> None:
         ("route", "", "route is ''"),
         ("route", "cmp=fa2, sel=triton", "without spaces"),
         ("impl", None, "impl is None"),
+        ("scope", "layer", "scope is 'layer'; allowed: module, core"),
         ("S", 0, "S is 0; it must be at least 1"),
         ("S", 2**63, "below 2"),
         ("seed", -1, "seed is -1; it must be at least 0"),
@@ -146,9 +171,9 @@ def test_a_sweep_is_ordered_by_batch_passes_length_and_route() -> None:
 
 
 def test_a_sweep_drops_duplicates_and_takes_every_fixed_field() -> None:
-    fixed = {**FIXED, "impl": "peer", "selection": "random"}
+    fixed = {**FIXED, "impl": "dense", "selection": "random"}
     cells = sweep(S=[8, 8], B=[1, 1], routes=["auto", "auto"], passes=["fwd", "fwd"], **fixed)
-    assert [(c.impl, c.selection, c.S) for c in cells] == [("peer", "random", 8)]
+    assert [(c.impl, c.selection, c.S) for c in cells] == [("dense", "random", 8)]
 
 
 @pytest.mark.parametrize("axis", ["S", "B", "routes", "passes"])

@@ -21,7 +21,7 @@ GPU = {"name": "NVIDIA H200", "uuid": "GPU-1"}
 _CPU_SHAPE = {"dim": 256, "heads": 8, "groups": 2, "dk": 32, "dv": 32, "dtype": "fp32", "device": "cpu"}
 _GPU_SHAPE = {"dim": 8192, "heads": 64, "groups": 4, "dk": 192, "dv": 128, "dtype": "bf16", "device": "cuda"}
 _BLOCKS = {"mode": "batched", "l": 32, "d": 16, "l_sel": 64, "n_sel": 16, "w": 512, "seed": 7}
-_SLOWNESS = {"auto": 1.0, "sdpa": 1.9, "gather": 1.3, "triton": 0.55, "reference": 40.0}
+_SLOWNESS = {"dense": 0.4, "auto": 1.0, "sdpa": 1.9, "gather": 1.3, "triton": 0.55, "reference": 40.0}
 _SHARES = {
     "decode": (9.0, 7.0, 13.0, 18.0, 24.0, 11.0, 5.0, 13.0),
     "prefill": (6.0, 2.0, 14.0, 21.0, 41.0, 10.0, 1.0, 5.0),
@@ -47,20 +47,32 @@ def make_run(
     commit: str = "1a2b3c4d5e6f708192a3b4c5d6e7f8091a2b3c4d",
     dirty: bool = False,
     speed: float = 1.0,
+    created: str = "2025-01-02T03:04:05Z",
+    tags: Sequence[str] = (),
+    baselines: Sequence[str] = (),
     **fixed: Any,
 ) -> Run:
-    """A run with `info`, `cells` and `samples`. `failed` and `changes` are by (route, S)."""
+    """A run with `info`, `cells` and `samples`. `failed` and `changes` are by (route or baseline, S)."""
     shape: dict[str, Any] = {**(_GPU_SHAPE if gpu else _CPU_SHAPE), **_BLOCKS, **fixed}
-    cells = sweep(S=list(S), B=list(B), routes=list(routes), passes=list(passes), phase=phase, **shape)
+    cells = sweep(
+        S=list(S),
+        B=list(B),
+        routes=list(routes),
+        passes=list(passes),
+        phase=phase,
+        baselines=list(baselines),
+        **shape,
+    )
+    arms = list(dict.fromkeys(map(_arm, cells)))
     rng = np.random.default_rng(3)
     rows, samples = [], []
     for cell in cells:
         row = _planned(cell, run_id)
-        key = (cell.route, cell.S)
+        key = (_arm(cell), cell.S)
         if failed and key in failed:
             row["status"], row["reason"] = failed[key]
         else:
-            drawn = _samples(cell, run_id, rounds, rng, speed * (0.004 if gpu else 1.0), routes)
+            drawn = _samples(cell, run_id, rounds, rng, speed * (0.004 if gpu else 1.0), arms)
             samples += drawn
             row |= _measured(cell, drawn, gpu)
         row |= (changes or {}).get(key, {})
@@ -68,6 +80,9 @@ def make_run(
         rows.append(row)
     info = {
         "run_id": run_id,
+        "name": phase,
+        "created": created,
+        "tags": list(tags),
         "plan": [cell.to_dict() for cell in cells],
         "environment": {"commit": commit, "dirty": dirty, "cpu": CPU, "gpus": [GPU] if gpu else []},
     }
@@ -79,6 +94,10 @@ def make_run(
         kernels=pd.DataFrame(),
         path=Path("/tmp/somewhere") / run_id,
     )
+
+
+def _arm(cell: Cell) -> str:
+    return cell.route if cell.impl == "nsa" else cell.impl
 
 
 def _planned(cell: Cell, run_id: str) -> dict[str, Any]:
@@ -99,8 +118,10 @@ def _planned(cell: Cell, run_id: str) -> dict[str, Any]:
     return row
 
 
-def _step_ms(cell: Cell, routes: Sequence[str], variant: str) -> float:
-    slowness = _SLOWNESS.get(cell.route, 1.0 + 0.3 * list(routes).index(cell.route))
+def _step_ms(cell: Cell, arms: Sequence[str], variant: str) -> float:
+    slowness = _SLOWNESS.get(_arm(cell), 1.0 + 0.3 * list(arms).index(_arm(cell)))
+    if cell.impl == "dense":
+        slowness *= cell.S / 1024
     backward = {"fwd": 1.0, "bwd": 2.1, "fwd_bwd": 3.1}[cell.passes]
     if cell.phase == "decode":
         return slowness * cell.B**0.5 * (0.9 + 4e-5 * cell.S) * (1.25 if variant == "emit" else 1.0)
@@ -108,31 +129,32 @@ def _step_ms(cell: Cell, routes: Sequence[str], variant: str) -> float:
 
 
 def _samples(
-    cell: Cell, run_id: str, rounds: int, rng: np.random.Generator, scale: float, routes: Sequence[str]
+    cell: Cell, run_id: str, rounds: int, rng: np.random.Generator, scale: float, arms: Sequence[str]
 ) -> list[dict[str, Any]]:
     drift = 1 + 0.02 * np.sin(np.arange(rounds))
-    place = list(routes).index(cell.route)
+    place = list(arms).index(_arm(cell))
+    variants = ("emit", "plain") if cell.phase == "decode" and cell.impl == "nsa" else ("",)
     return [
         {
             "run_id": run_id,
             "cell_id": cell.cell_id,
             "process": 0,
             "round": r,
-            "position": (place + r) % len(routes),
+            "position": (place + r) % len(arms),
             "variant": variant,
             "iters": 10,
-            "ms": scale * _step_ms(cell, routes, variant) * drift[r] * float(rng.lognormal(0, 0.006)),
+            "ms": scale * _step_ms(cell, arms, variant) * drift[r] * float(rng.lognormal(0, 0.006)),
             "t_s": float(r),
         }
         for r in range(rounds)
-        for variant in (("emit", "plain") if cell.phase == "decode" else ("",))
+        for variant in variants
     ]
 
 
 def _measured(cell: Cell, samples: list[dict[str, Any]], gpu: bool) -> dict[str, Any]:
     by_variant = {v: np.array([s["ms"] for s in samples if s["variant"] == v]) for v in ("emit", "plain", "")}
     times = by_variant[""]
-    if cell.phase == "decode":
+    if len(by_variant["emit"]):
         times = by_variant["emit"] / cell.d + by_variant["plain"] * (1 - 1 / cell.d)
     total = median_interval(times)
     growth = np.array([1, 1, 1, 1 + cell.S / 16384, 1, 1, 1, 1])

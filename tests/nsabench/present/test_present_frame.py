@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,15 +15,19 @@ from nsabench.present.frame import (
     cell_rows,
     planned_routes,
     shares_of,
-    speeds,
     varying,
     why_no_shares,
 )
-from nsabench.stats import paired_ratio
+from nsabench.present.pairing import compare
+from nsabench.stats import Interval, paired_ratio
 from nsabench.store import Run
 from nsabench.store.schema import CELL_COLUMNS, STAGES
 
 MakeRun = Callable[..., Run]
+
+
+def speeds(*arguments: Any) -> list[Interval | None]:
+    return [cell.speed for cell in compare(*arguments)]
 
 
 def test_rows_are_plain_values_with_every_column(make_run: MakeRun) -> None:

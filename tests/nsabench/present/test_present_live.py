@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from nsabench.plan.cells import Cell
+from nsabench.present import live
 from nsabench.present.frame import PLANNED, cell_rows
 from nsabench.present.live import SweepView
 from nsabench.store import Run
@@ -232,3 +233,137 @@ def test_order_names_the_baseline(make_run: MakeRun) -> None:
         for row in rows_of(make_run(S=(1024,)))[::-1]:
             view.row(row)
     assert "speed of gather" not in file.getvalue()
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def last_frame(file: Tty, start: int) -> str:
+    file.seek(start)
+    return plain(file.read())
+
+
+def groups_of(run: Run) -> list[list[dict[str, Any]]]:
+    by_size: dict[int, list[dict[str, Any]]] = {}
+    for row in rows_of(run):
+        by_size.setdefault(row["S"], []).append(row)
+    return list(by_size.values())
+
+
+def test_each_worker_has_a_line_and_is_idle_when_its_cells_are_finished(make_run: MakeRun) -> None:
+    console, file = terminal()
+    first, second, third = groups_of(make_run(baselines=("dense",)))
+    with SweepView(console, total=9) as view:
+        view.begin([cell_of(r) for r in first], "building")
+        assert "worker" not in file.getvalue()
+        view.begin([cell_of(r) for r in second], "checking", worker=1)
+        view.activity("round 3 of 15", worker=0)
+        start = file.tell()
+        view.activity("measuring", worker=1)
+        frame = last_frame(file, start)
+        assert "worker 0: decode fwd S=1024 B=1, 2 routes, dense: round 3 of 15" in frame
+        assert "worker 1: decode fwd S=2048 B=1, 2 routes, dense: measuring" in frame
+        for row in first:
+            start = file.tell()
+            view.row(row)
+        frame = last_frame(file, start)
+        assert "worker 0: idle" in frame
+        assert "worker 1: decode fwd S=2048" in frame
+        start = file.tell()
+        view.begin([cell_of(r) for r in third], "building", worker=0)
+        assert "worker 0: decode fwd S=4096" in last_frame(file, start)
+        start = file.tell()
+        view.activity("", worker=1)
+        assert "worker 1: idle" in last_frame(file, start)
+
+
+def test_more_workers_than_lines_are_counted(make_run: MakeRun) -> None:
+    console, file = terminal(height=8)
+    (group,) = groups_of(make_run(S=(1024,)))
+    with SweepView(console, total=20) as view:
+        for worker in range(12):
+            start = file.tell()
+            view.begin([cell_of(r) for r in group], "building", worker=worker)
+        frame = last_frame(file, start)
+        assert frame.count("\n") < 8
+        assert "worker 4:" in frame
+        assert "and 7 workers more" in frame
+
+
+def test_speed_of_the_sweep_and_failures_by_status(make_run: MakeRun) -> None:
+    console, file = terminal()
+    clock = Clock()
+    failed = {("sdpa", 1024): ("oom", "x"), ("gather", 1024): ("oom", "x"), ("sdpa", 2048): ("hang", "x")}
+    rows = rows_of(make_run(S=(1024, 2048), failed=failed))
+    with SweepView(console, total=8, clock=clock) as view:
+        for row in rows:
+            clock.now += 7.5
+            start = file.tell()
+            view.row(row)
+        frame = last_frame(file, start)
+        assert "4/8  30s, about 30s left, 8.0 cells/min, 2 oom, 1 hang" in frame
+        assert "2 oom, 1 hang" in frame
+
+
+def test_a_group_of_the_core_says_so(make_run: MakeRun) -> None:
+    console, file = terminal()
+    rows = rows_of(make_run(S=(1024,), routes=("auto",), scope="core"))
+    with SweepView(console, total=1) as view:
+        view.begin([cell_of(r) for r in rows], "checking")
+        assert "decode fwd S=1024 B=1 core, auto: checking" in plain(file.getvalue())
+
+
+@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("height", [14, 24])
+def test_a_frame_fits_its_terminal_and_shows_the_last_cell(
+    make_run: MakeRun, width: int, height: int
+) -> None:
+    file = Tty()
+    console = Console(file=file, width=width, height=height, _environ={"TERM": "xterm-256color"})
+    routes = ("auto", "cmp=fa2,score=sdpa,sel=triton,win=sdpa")
+    run = make_run(S=(1024, 65536), routes=routes, baselines=("dense",), gpu=True)
+    with SweepView(console, total=20) as view:
+        for worker in range(2):
+            view.begin([cell_of(r) for r in rows_of(run)[:3]], "measuring", worker=worker)
+        for row in rows_of(run):
+            start = file.tell()
+            view.row(row, worker=1)
+            frame = last_frame(file, start)
+            assert frame.count("\n") < height
+            assert max(map(len, re.split(r"[\r\n]+", frame))) <= width
+        assert "cells/min" in frame
+        if height == 24:
+            assert "64k" in frame
+
+
+def test_a_row_is_compared_with_its_own_shape_alone(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the sweep: the work for one row does not grow with the rows before it."""
+    sizes: list[int] = []
+
+    def spy(rows: Any, *more: Any, **named: Any) -> Any:
+        sizes.append(len(rows))
+        return true(rows, *more, **named)
+
+    true = live.compare
+    monkeypatch.setattr(live, "compare", spy)
+    run = make_run(S=[2**i for i in range(7, 17)])
+    with SweepView(Console(file=io.StringIO()), total=20) as view:
+        for row in rows_of(run):
+            view.row(row)
+    assert max(sizes) == 2
+
+
+def test_the_last_table_of_a_very_long_sweep_is_cut_and_says_so(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "MOST_LISTED", 4)
+    console, file = terminal()
+    with SweepView(console, total=20) as view:
+        for row in rows_of(make_run(S=[2**i for i in range(7, 17)])):
+            view.row(row)
+    final = plain(file.getvalue().split(SHOW)[-1])
+    assert len(re.findall(r"(?m)^ *\d+k? +(sdpa|gather) ", final)) == 4
+    assert "these are the last 4 cells; nsabench results shows all" in final

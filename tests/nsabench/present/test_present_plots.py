@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
@@ -27,8 +26,10 @@ from nsabench.present.figures import (
     speed_figure,
     time_figure,
 )
-from nsabench.present.frame import PresentError, cell_rows, speeds
-from nsabench.present.panels import Panel, make_panels
+from nsabench.present.frame import PresentError, cell_rows
+from nsabench.present.pairing import compare
+from nsabench.present.panels import Panel
+from nsabench.present.panels import make_panels as panels_and_notes
 from nsabench.present.plots import plot_run
 from nsabench.present.style import STAGE_COLOURS, figure_style, route_styles
 from nsabench.store import Run, RunDir, load_run
@@ -41,6 +42,10 @@ ROUTES = ("sdpa", "gather", "auto")
 SIZES = (512, 1024, 2048, 65536)
 
 
+def make_panels(runs: list[Run]) -> list[Panel]:
+    return panels_and_notes(runs)[0]
+
+
 @pytest.fixture(autouse=True)
 def _style() -> Iterator[None]:
     with figure_style():
@@ -49,7 +54,7 @@ def _style() -> Iterator[None]:
 
 def draw(figure: Callable[..., Figure | None], run: Run | list[Run]) -> tuple[Figure, Panel]:
     (panel,) = make_panels(run if isinstance(run, list) else [run])
-    drawn = figure(panel, route_styles(s.route for s in panel.series))
+    drawn = figure(panel, route_styles(s.arm for s in panel.series))
     assert drawn is not None
     return drawn, panel
 
@@ -214,14 +219,15 @@ def test_stacked_bars_total_100(make_run: MakeRun) -> None:
     figure, panel = draw(shares_figure, run)
     assert [axes.get_title() for axes in figure.axes] == ["sdpa", "gather"]
     for axes, series in zip(figure.axes, panel.series, strict=True):
-        rows = {i: p.row for i, p in enumerate(series.points)}
+        rows = {i: c.row for i, c in enumerate(series.cells)}
         found: dict[int, dict[str, tuple[float, float]]] = {}
-        for container in axes.containers:
-            (bar,) = container
-            place = round(bar.get_x() + bar.get_width() / 2)
-            found.setdefault(place, {})[container.get_label()] = (bar.get_y(), bar.get_height())
-            assert to_hex(bar.get_facecolor()).upper() == STAGE_COLOURS[container.get_label()]
-        assert sorted(found) == ([1, 2, 3] if series.route == "sdpa" else [0, 2, 3])
+        for boxes in axes.collections:
+            stage = str(boxes.get_label())
+            for box in boxes.get_paths():
+                (left, bottom), (right, top) = box.get_extents().get_points()
+                found.setdefault(round((left + right) / 2), {})[stage] = (bottom, top - bottom)
+            assert to_hex(boxes.get_facecolor()).upper() == STAGE_COLOURS[stage]
+        assert sorted(found) == ([1, 2, 3] if series.arm == "sdpa" else [0, 2, 3])
         for place, stages in found.items():
             assert list(stages) == list(STAGES)
             assert sum(height for _, height in stages.values()) == pytest.approx(100, abs=1e-9)
@@ -276,11 +282,11 @@ def test_speed_is_the_paired_ratio(make_run: MakeRun) -> None:
     axes = figure.axes[0]
     bars = bars_of(axes)
     assert list(bars) == ["gather", "auto"]
-    for row, speed in zip(cell_rows(run.cells), speeds(cell_rows(run.cells), run.samples), strict=True):
-        if speed is not None:
-            bar = bars[row["route"]]
-            assert values_of(bar)[row["S"]] == speed.point
-            assert intervals_of(bar)[row["S"]] == pytest.approx((speed.lo, speed.hi))
+    for cell in compare(cell_rows(run.cells), run.samples):
+        if cell.speed is not None:
+            bar, size = bars[cell.row["route"]], cell.row["S"]
+            assert values_of(bar)[size] == cell.speed.point
+            assert intervals_of(bar)[size] == pytest.approx((cell.speed.lo, cell.speed.hi))
     assert axes.get_ylabel() == "speed, sdpa = 1"
     assert [line for line in axes.lines if list(np.asarray(line.get_ydata())) == [1.0, 1.0]]
 
@@ -291,7 +297,7 @@ def test_speed_is_the_paired_ratio(make_run: MakeRun) -> None:
 )
 def test_no_baseline_no_speed_figure(make_run: MakeRun, shape: dict[str, Any]) -> None:
     (panel,) = make_panels([make_run(**shape)])
-    assert speed_figure(panel, route_styles(s.route for s in panel.series)) is None
+    assert speed_figure(panel, route_styles(s.arm for s in panel.series)) is None
 
 
 def test_a_single_size_has_a_row_per_route(make_run: MakeRun) -> None:
@@ -359,18 +365,17 @@ def test_runs_of_one_commit_are_told_apart_by_id(make_run: MakeRun) -> None:
 
 
 def test_implementations_share_a_figure_under_their_names(make_run: MakeRun) -> None:
-    run = make_run(routes=("auto",))
-    other = make_run(routes=("auto",), impl="dense")
-    both = Run(
-        info=run.info,
-        cells=pd.concat([run.cells, other.cells]),
-        samples=pd.concat([run.samples, other.samples]),
-        telemetry=run.telemetry,
-        kernels=run.kernels,
-        path=run.path,
-    )
-    figure, _ = draw(time_figure, both)
-    assert list(bars_of(figure.axes[0])) == ["dense auto", "nsa auto"]
+    run = make_run(routes=("auto", "sdpa"), baselines=("dense",))
+    figure, _ = draw(time_figure, run)
+    assert list(bars_of(figure.axes[0])) == ["auto", "sdpa", "dense"]
+
+
+def test_module_and_core_are_different_figures(make_run: MakeRun) -> None:
+    module, core = make_panels([make_run(), make_run(scope="core")])
+    assert (module.name, core.name) == ("decode", "decode-core")
+    assert (module.title, core.title) == ("Decode fwd", "Decode fwd core")
+    assert "module" in module.subtitle[0]
+    assert "core" in core.subtitle[0]
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -431,7 +436,7 @@ def test_the_route_asked_for_first_is_the_baseline(make_run: MakeRun) -> None:
     )
     figure, panel = draw(speed_figure, late)
     assert list(bars_of(figure.axes[0])) == ["gather"]
-    assert [s.route for s in panel.series] == ["sdpa", "gather"]
+    assert [s.arm for s in panel.series] == ["sdpa", "gather"]
 
 
 def test_nothing_to_plot_is_said(make_run: MakeRun, tmp_path: Path) -> None:

@@ -12,13 +12,20 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from nsabench.present.cell_text import cell_line, compare
-from nsabench.present.frame import cell_rows, speeds
+from nsabench.present.cell_text import cell_line
+from nsabench.present.frame import cell_rows
+from nsabench.present.pairing import compare
 from nsabench.present.tables import cells_json, cells_table, shares_table
+from nsabench.stats import Interval
 from nsabench.store import Run
 from nsabench.store.schema import CELL_COLUMNS, STAGES
 
 MakeRun = Callable[..., Run]
+
+
+def speeds(*arguments: Any) -> list[Interval | None]:
+    return [cell.speed for cell in compare(*arguments)]
+
 
 SIZES = (512, 1024, 2048, 65536)
 
@@ -195,7 +202,9 @@ def test_json_says_the_same(make_run: MakeRun) -> None:
     failed = {("gather", 2048): ("oom", "too little")}
     run = make_run(failed=failed)
     cells = json.loads(json.dumps(cells_json(run.cells, run.samples), allow_nan=False))
-    assert [list(cell) for cell in cells] == [[*(c.name for c in CELL_COLUMNS), "speed"]] * len(run.cells)
+    assert [list(cell) for cell in cells] == [[*(c.name for c in CELL_COLUMNS), "speed", "x_dense"]] * len(
+        run.cells
+    )
     first, second, _, broken = cells[:4]
     speed = speeds(cell_rows(run.cells), run.samples)[1]
     assert speed is not None

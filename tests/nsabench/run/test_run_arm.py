@@ -20,7 +20,7 @@ from nsabench.run import Policy, arm
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused
 from nsabench.run.work import count_work
-from nsabench.run.workload import Workload
+from nsabench.run.workload import workload_for
 from nsabench.store.schema import STAGES, check_row
 
 MakeCell = Callable[..., Cell]
@@ -30,7 +30,7 @@ SLIDING = "backends.sdpa:sliding_attention"
 
 
 def measured(cell: Cell, policy: Policy) -> Arm:
-    made = Arm(cell, Workload(cell), policy)
+    made = Arm(cell, workload_for(cell), policy)
     made.prepare()
     for number in range(policy.rounds):
         made.sample(number, 0)
@@ -122,7 +122,7 @@ def test_samples_say_when_where_and_by_whom(
 ) -> None:
     cell = make_cell(phase="decode", S=43)
     seconds = iter(range(100))
-    made = Arm(cell, Workload(cell), quick, clock=lambda: float(next(seconds)), process=2)
+    made = Arm(cell, workload_for(cell), quick, clock=lambda: float(next(seconds)), process=2)
     made.prepare()
     made.sample(0, 1)
     made.sample(1, 0)
@@ -293,7 +293,7 @@ def test_a_wrong_result_is_refused_with_its_error_on_record(
         return out * 1.5, lse
 
     cell = make_cell()
-    made = Arm(cell, Workload(cell), quick)
+    made = Arm(cell, workload_for(cell), quick)
     with plant(SLIDING, bug), pytest.raises(Refused, match="output differs") as found:
         made.prepare()
     assert found.value.status == "wrong"
@@ -303,7 +303,7 @@ def test_a_wrong_result_is_refused_with_its_error_on_record(
 
 def test_what_is_not_finite_has_no_error_to_store(make_cell: MakeCell, quick: Policy, plant: Plant) -> None:
     cell = make_cell()
-    made = Arm(cell, Workload(cell), quick)
+    made = Arm(cell, workload_for(cell), quick)
     with (
         plant(SLIDING, lambda true, *a, **k: (true(*a, **k)[0] / 0, None)),
         pytest.raises(Refused, match=r"^output is not finite$") as found,
@@ -333,7 +333,7 @@ def test_a_backend_that_is_right_only_while_it_is_checked_is_refused(
         plant(SLIDING, calls_later(2, lambda out: out * 1.01)),
         pytest.raises(Refused, match=r"^the output differs by .* from the one outside the timer$") as found,
     ):
-        Arm(cell, Workload(cell), quick).prepare()
+        Arm(cell, workload_for(cell), quick).prepare()
     assert found.value.status == "wrong"
 
 
@@ -348,7 +348,7 @@ def test_a_result_that_changes_while_it_is_timed_is_refused(
     make_cell: MakeCell, quick: Policy, plant: Plant, change: Any, status: str, message: str
 ) -> None:
     cell = make_cell()
-    made = Arm(cell, Workload(cell), quick)
+    made = Arm(cell, workload_for(cell), quick)
     with plant(SLIDING, calls_later(7, change)):
         made.prepare()
         for number in range(6):

@@ -16,7 +16,7 @@ from nsa.routes import TABLE, Request, Row, refusal
 from nsabench.plan import Cell
 from nsabench.run.check import Verdict, _segments, check_arm, part_of_budget
 from nsabench.run.steps import DTYPES, route_at, steps_of
-from nsabench.run.workload import Workload
+from nsabench.run.workload import workload_for
 
 MakeCell = Callable[..., Cell]
 Plant = Callable[[str, Callable[..., Any]], AbstractContextManager[None]]
@@ -26,23 +26,28 @@ SELECTED, SCORES = "backends.gather:selected_attention", "backends.chunked:selec
 
 
 def verdict_of(cell: Cell, **more: Any) -> Verdict:
-    workload = Workload(cell)
+    workload = workload_for(cell)
     step = steps_of(cell)[-1]
     ((span, inputs),) = workload.inputs(step, step.spans[-1:])
     gradients = cell.passes != "fwd"
     return check_arm(inputs, route_at(cell, span), cell.route, workload.config, gradients=gradients, **more)
 
 
-def on_cpu(row: Row) -> bool:
-    request = Request("cpu", torch.float32, 40, 40, False, NSAConfig(4, 2, 8))
+def on_cpu(row: Row, passes: str, dtype: str) -> bool:
+    request = Request("cpu", DTYPES[dtype], 60, 60, passes != "fwd", NSAConfig(4, 2, 8))
     return refusal(row, request) is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("passes", ["fwd", "bwd"])
-@pytest.mark.parametrize(
-    "row", [row for row in TABLE if on_cpu(row)], ids=lambda r: f"{r.branch}={r.backend}"
-)
+RUNNING = [
+    pytest.param(row, passes, dtype, id=f"{row.branch}={row.backend}-{passes}-{dtype}")
+    for row in TABLE
+    for passes in ("fwd", "bwd")
+    for dtype in DTYPES
+    if on_cpu(row, passes, dtype)
+]
+
+
+@pytest.mark.parametrize(("row", "passes", "dtype"), RUNNING)
 def test_every_row_that_runs_here_is_right(make_cell: MakeCell, row: Row, passes: str, dtype: str) -> None:
     cell = make_cell(S=60, B=2, passes=passes, dtype=dtype, route=f"{row.branch}={row.backend}")
     found = verdict_of(cell)
@@ -204,7 +209,7 @@ def test_a_block_that_does_not_exist_is_found(make_cell: MakeCell, plant: Plant)
     """In an arm whose attention does not fall over it: here nothing attends the blocks."""
     with plant(SCORES, takes_what_does_not_exist):
         cell = make_cell(S=60)
-        inputs = Workload(cell).inputs_without_cache()
+        inputs = workload_for(cell).inputs_without_cache()
         route = replace(route_at(cell, (0, 60)), sel=None)
         found = check_arm(inputs, route, "sel=off", NSAConfig(4, 2, 8, 4, 8, 4, 8, 4, 12), gradients=False)
     assert found.reason == "a query selects another number of blocks than the specification"
@@ -220,7 +225,7 @@ def test_equal_scores_may_be_exchanged(make_cell: MakeCell, plant: Plant) -> Non
         return (chosen + free * (own[:, None, None] - 2 - chosen)).to(chosen.dtype)
 
     cell = make_cell(S=60, route="sel=reference")
-    inputs = Workload(cell).inputs_without_cache()
+    inputs = workload_for(cell).inputs_without_cache()
     inputs["k_cmp"] = torch.zeros_like(inputs["k_cmp"])
     config = NSAConfig(4, 2, 8, 4, 8, 4, 8, 4, 12)
     with plant(SCORES, equal_keys):

@@ -13,8 +13,8 @@ import torch
 from nsa import KVCache
 from nsabench.plan import Cell
 from nsabench.run.gate import Refused, judge, refuse_other_output, refuse_wrong_cache
-from nsabench.run.steps import DTYPES, route_at
-from nsabench.run.workload import Workload
+from nsabench.run.steps import DTYPES
+from nsabench.run.workload import workload_for
 
 MakeCell = Callable[..., Cell]
 Plant = Callable[[str, Callable[..., Any]], AbstractContextManager[None]]
@@ -30,19 +30,19 @@ FEEDS: list[dict[str, Any]] = [
 
 
 def judged(cell: Cell) -> Any:
-    return judge(Workload(cell), cell.route, lambda span: route_at(cell, span))
+    return judge(workload_for(cell), cell.route)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feed", FEEDS, ids=str)
 def test_a_right_cache_is_taken(make_cell: MakeCell, feed: dict[str, Any], dtype: str) -> None:
-    refuse_wrong_cache(Workload(make_cell(S=61, B=2, dtype=dtype, **feed)))
+    refuse_wrong_cache(workload_for(make_cell(S=61, B=2, dtype=dtype, **feed)))
 
 
 def test_without_a_cache_there_is_nothing_to_check(
     make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workload = Workload(make_cell(passes="bwd"))
+    workload = workload_for(make_cell(passes="bwd"))
     monkeypatch.setattr(workload, "inputs_without_cache", None)
     refuse_wrong_cache(workload)
 
@@ -77,7 +77,7 @@ def test_a_wrong_cache_is_found(
 ) -> None:
     monkeypatch.setattr(KVCache, "append", shifted(branch, which))
     with pytest.raises(Refused, match=rf"{'kv'[which]}_{branch} for token \d+ through the cache") as found:
-        refuse_wrong_cache(Workload(make_cell(S=61, dtype="bf16", **feed)))
+        refuse_wrong_cache(workload_for(make_cell(S=61, dtype="bf16", **feed)))
     assert found.value.status == "wrong"
     assert ", allowed " in str(found.value)
 
@@ -87,7 +87,7 @@ def test_a_compressed_block_that_is_never_written_is_found(
 ) -> None:
     monkeypatch.setattr(KVCache, "_append_compressed", forgets_a_block)
     with pytest.raises(Refused, match="k_cmp for token 59 through the cache differs by"):
-        refuse_wrong_cache(Workload(make_cell(phase="decode", S=60)))
+        refuse_wrong_cache(workload_for(make_cell(phase="decode", S=60)))
 
 
 @pytest.mark.parametrize("length", [40, 43])
@@ -103,7 +103,7 @@ def test_the_caches_of_both_decode_steps_are_checked(
 
     monkeypatch.setattr(KVCache, "append", broken)
     with pytest.raises(Refused, match=f"k_sel for token {length - 1} through the cache differs by"):
-        refuse_wrong_cache(Workload(make_cell(phase="decode", S=43)))
+        refuse_wrong_cache(workload_for(make_cell(phase="decode", S=43)))
 
 
 def test_a_window_that_is_too_short_is_found(make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_window_that_is_too_short_is_found(make_cell: MakeCell, monkeypatch: p
 
     monkeypatch.setattr(KVCache, "append", broken)
     with pytest.raises(Refused, match=r"k_win for token 59 through the cache has shape \(1, 11, 2, 8\), not"):
-        refuse_wrong_cache(Workload(make_cell(phase="decode", S=60)))
+        refuse_wrong_cache(workload_for(make_cell(phase="decode", S=60)))
 
 
 @pytest.mark.parametrize("feed", FEEDS, ids=str)
@@ -123,7 +123,7 @@ def test_the_output_of_the_checked_attention_is_the_steps(make_cell: MakeCell, f
     cell = make_cell(S=61, **feed)
     verdict, outputs = judged(cell)
     assert verdict.reason == ""
-    workload = Workload(cell)
+    workload = workload_for(cell)
     if cell.passes != "fwd":
         return
     for variant in workload.variants(cell.route):
@@ -164,17 +164,17 @@ def test_calls_of_a_fed_prompt_are_checked_from_first_to_last(
 def test_the_worst_verdict_and_the_least_overlap_are_kept(
     make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nsabench.run import gate
+    from nsabench.run import gate, impl_nsa
 
     seen = []
-    check_arm = gate.check_arm
+    check_arm = impl_nsa.check_arm
 
     def watched(*given: Any, **more: Any) -> Any:
         found = replace(check_arm(*given, **more), overlap=1 - abs(len(seen) - 3) / 10)
         seen.append((found, more["elements"]))
         return found
 
-    monkeypatch.setattr(gate, "check_arm", watched)
+    monkeypatch.setattr(impl_nsa, "check_arm", watched)
     verdict, _ = judged(make_cell(S=60, mode="chunked=10"))
     assert len(seen) == gate.CHECKED_SPANS
     assert {elements for _, elements in seen} == {gate.SPEC_ELEMENTS // gate.CHECKED_SPANS}

@@ -25,7 +25,11 @@ def test_a_policy_comes_back_from_what_is_stored() -> None:
         ({"rounds": 10_001}, "--rounds: 10001 is not allowed"),
         ({"rounds": True}, "--rounds: True is not allowed"),
         ({"timer": "sundial"}, "--timer: 'sundial' is unknown; allowed: auto, cpu, event, graph"),
-        ({"cache": "lukewarm"}, "--cache: 'lukewarm' is unknown; allowed: cold, warm"),
+        ({"cache": "lukewarm"}, "--cache: 'lukewarm' is unknown; allowed: auto, cold, warm"),
+        ({"sample_ms": 0}, "--sample-ms: 0 is not allowed; allowed: above 0, up to 60000"),
+        ({"timeout_s": -1.0}, "--timeout: -1.0 is not allowed; allowed: above 0, up to 604800"),
+        ({"timeout_s": float("nan")}, "--timeout: nan is not allowed"),
+        ({"share_runs": 0}, "--share-runs: 0 is not allowed; allowed: 1 to 10000"),
     ],
 )
 def test_a_wrong_setting_is_named(setting: dict[str, Any], message: str) -> None:
@@ -56,3 +60,18 @@ def test_a_timer_of_another_device_is_refused(
 ) -> None:
     with pytest.raises(PlanError, match=f"--timer: '{timer}' does not time {device}; allowed there: auto"):
         Policy(timer=timer).timer_for(make_cell(device=device))
+
+
+@pytest.mark.parametrize(
+    ("cache", "phase", "used"),
+    [
+        ("auto", "decode", "cold"),
+        ("auto", "prefill", "warm"),
+        ("cold", "prefill", "cold"),
+        ("warm", "decode", "warm"),
+    ],
+)
+def test_between_two_decode_steps_other_layers_evict_the_cache(
+    make_cell: Callable[..., Cell], cache: str, phase: str, used: str
+) -> None:
+    assert Policy(cache=cache).cache_for(make_cell(phase=phase)) == used

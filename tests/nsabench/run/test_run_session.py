@@ -43,13 +43,13 @@ class Watcher:
         self.activities: list[str] = []
         self.rows: list[dict[str, Any]] = []
 
-    def begin(self, group: list[Cell], activity: str) -> None:
+    def begin(self, group: list[Cell], activity: str, worker: int = 0) -> None:
         self.groups.append([cell.route for cell in group])
 
-    def activity(self, text: str) -> None:
+    def activity(self, text: str, worker: int = 0) -> None:
         self.activities.append(text)
 
-    def row(self, row: dict[str, Any]) -> None:
+    def row(self, row: dict[str, Any], worker: int = 0) -> None:
         self.rows.append(row)
 
 
@@ -234,14 +234,14 @@ def test_a_shape_that_cannot_be_built_is_a_row_for_each_arm(
     monkeypatch: pytest.MonkeyPatch,
     error: BaseException,
 ) -> None:
-    build = session.Workload
+    build = session.workload_for
 
     def too_big(cell: Cell) -> Any:
         if cell.S == 40:
             raise error
         return build(cell)
 
-    monkeypatch.setattr(session, "Workload", too_big)
+    monkeypatch.setattr(session, "workload_for", too_big)
     cells = cells_of(make_cell, (40, 20))
     run = create_run(cells)
     watcher = Watcher()
@@ -253,7 +253,7 @@ def test_a_shape_that_cannot_be_built_is_a_row_for_each_arm(
 def test_what_cannot_fit_is_refused_before_it_is_built(
     make_cell: MakeCell, create_run: CreateRun, quick: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "Workload", None)
+    monkeypatch.setattr(session, "workload_for", None)
     cell = make_cell(phase="decode", S=2**40)
     run = create_run([cell])
     run_plan([cell], quick, run, Watcher())
@@ -291,10 +291,11 @@ def test_a_dead_arm_lets_go_of_what_it_held_at_once(
     class Looker(Watcher):
         held: tuple[bool, ...] = ()
 
-        def activity(self, text: str) -> None:
+        def activity(self, text: str, worker: int = 0) -> None:
             if text == "round 6 of 6":
                 self.held = tuple(bool(a._timers or a._first) for a in arms)
 
+    monkeypatch.setattr(session, "SAID_EVERY_S", 0.0)
     monkeypatch.setattr(session, "Arm", kept)
     cells = [make_cell(route=route) for route in ("win=sdpa", "win=reference")]
     watcher = Looker()
@@ -331,7 +332,7 @@ def test_ctrl_c_keeps_finished_cells_and_a_second_session_does_the_rest(
     run = create_run(cells)
 
     class Impatient(Watcher):
-        def row(self, row: dict[str, Any]) -> None:
+        def row(self, row: dict[str, Any], worker: int = 0) -> None:
             super().row(row)
             if len(self.rows) == 6:
                 raise KeyboardInterrupt
@@ -429,3 +430,103 @@ def test_a_failed_cell_has_no_reading_of_the_gpu_but_its_telemetry_stays(
     assert no_performance(failed)
     assert good["power_w"] == 300.0
     assert set(load_run(run.path).telemetry["cell_id"]) == {cells[0].cell_id}
+
+
+class Sink:
+    """What a group's measurement says, in order."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str]] = []
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def mark(self, cell: Cell | None) -> None:
+        self.said.append(("mark", cell.route if cell else "all"))
+
+    def doing(self, text: str) -> None:
+        self.said.append(("doing", text))
+
+    def done(self, row: Any, samples: Any = (), telemetry: Any = (), kernels: Any = ()) -> None:
+        self.said.append(("done", row["route"]))
+        self.rows[row["cell_id"]] = dict(row)
+
+
+def test_what_would_be_at_fault_is_marked_before_it_is_done(make_cell: MakeCell, quick: Policy) -> None:
+    sink = Sink()
+    cells = [make_cell(route=route) for route in ("auto", "win=reference")]
+    session.measure_group(cells, replace(quick, rounds=2), sink)
+    without_rounds = [said for said in sink.said if said[0] != "doing" or "round" in said[1]]
+    rounds = without_rounds[3:-4]
+    assert without_rounds[:3] == [("mark", "all"), ("mark", "auto"), ("mark", "win=reference")]
+    assert rounds[0] == ("doing", "round 1 of 2")
+    assert Counter(route for what, route in rounds if what == "mark") == {"auto": 2, "win=reference": 2}
+    assert without_rounds[-4:] == [
+        *(("mark", "auto"), ("done", "auto")),
+        *(("mark", "win=reference"), ("done", "win=reference")),
+    ]
+
+
+def test_short_rounds_are_not_all_told_of(make_cell: MakeCell, quick: Policy) -> None:
+    times = iter(n * session.SAID_EVERY_S / 100 for n in range(10**6))
+    sink = Sink()
+    session.measure_group([make_cell()], replace(quick, rounds=60), sink, clock=lambda: next(times))
+    told = [text for what, text in sink.said if what == "doing" and text.startswith("round")]
+    assert told[0] == "round 1 of 60"
+    assert 1 < len(told) < 10
+
+
+def test_an_implementation_that_cannot_be_built_leaves_the_others(
+    make_cell: MakeCell, quick: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = session.workload_for
+
+    def no_dense(cell: Cell) -> Any:
+        if cell.impl == "dense":
+            raise MemoryError("too dense")
+        return build(cell)
+
+    monkeypatch.setattr(session, "workload_for", no_dense)
+    sink = Sink()
+    cells = [make_cell(), make_cell(route="win=reference"), make_cell(impl="dense")]
+    session.measure_group(cells, quick, sink)
+    assert {(row["impl"], row["route"]): row["status"] for row in sink.rows.values()} == {
+        ("dense", "auto"): "oom",
+        ("nsa", "auto"): "ok",
+        ("nsa", "win=reference"): "ok",
+    }
+
+
+def test_a_baseline_is_measured_in_the_same_rounds(
+    make_cell: MakeCell, create_run: CreateRun, quick: Policy
+) -> None:
+    cells = [make_cell(), make_cell(impl="dense")]
+    run = create_run(cells)
+    run_plan(cells, quick, run, Watcher())
+    assert [row["status"] for row in run.finished.values()] == ["ok", "ok"]
+    samples = load_run(run.path).samples
+    assert Counter(samples["round"]) == dict.fromkeys(range(6), 2)
+
+
+def test_a_lost_device_ends_the_group_after_the_row_of_its_cell(
+    make_cell: MakeCell, quick: Policy, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_lost", lambda device: "AcceleratorError: illegal memory access")
+    cells = [make_cell(route=route) for route in ("win=reference", "win=sdpa", "cmp=reference")]
+    sink = Sink()
+    with (
+        plant(SLIDING, raising(RuntimeError("CUDA error: illegal memory access"), 2)),
+        pytest.raises(session.DeviceLost, match="the device was lost when win=sdpa failed: Accelerator"),
+    ):
+        session.measure_group(cells, quick, sink)
+    assert [(row["route"], row["status"]) for row in sink.rows.values()] == [("win=sdpa", "error")]
+
+
+def test_a_device_is_lost_when_it_does_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session._lost("cpu") == ""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert session._lost("cuda:0") == ""
+
+    def broken(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert session._lost("cuda:0") == "RuntimeError: CUDA error: an illegal memory access was encountered"

@@ -11,7 +11,7 @@ import torch
 from nsabench.measure import peak_memory
 from nsabench.plan import Cell
 from nsabench.run.steps import steps_of
-from nsabench.run.workload import Workload, least_bytes
+from nsabench.run.workload import LayerWorkload, least_bytes, workload_for
 
 MakeCell = Callable[..., Cell]
 
@@ -34,7 +34,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def whole(workload: Workload, length: int) -> torch.Tensor:
+def whole(workload: LayerWorkload, length: int) -> torch.Tensor:
     """The layer on the first `length` tokens at once, without a cache, by the specification."""
     with torch.no_grad():
         y: torch.Tensor = workload.layer(workload.x[:, :length], None, "reference")
@@ -47,7 +47,7 @@ def test_a_decode_step_gives_the_last_row_of_the_whole_prompt_again_and_again(
     make_cell: MakeCell, shape: dict[str, Any], route: str
 ) -> None:
     cell = make_cell(phase="decode", dtype="fp64", route=route, **shape)
-    workload = Workload(cell)
+    workload = workload_for(cell)
     variants = workload.variants(route)
     steps = steps_of(cell)
     assert [(v.name, v.weight) for v in variants] == [(s.name, s.weight) for s in steps]
@@ -66,7 +66,7 @@ def test_the_emit_step_completes_a_compressed_block_and_the_plain_step_does_not(
     make_cell: MakeCell, shape: dict[str, Any]
 ) -> None:
     cell = make_cell(phase="decode", **shape)
-    workload = Workload(cell)
+    workload = workload_for(cell)
     for variant, step in zip(workload.variants("auto"), steps_of(cell), strict=True):
         cache, state = workload._frozen[step.spans[0][0]]
         for _ in range(2):
@@ -83,7 +83,7 @@ def test_the_emit_step_completes_a_compressed_block_and_the_plain_step_does_not(
 @pytest.mark.parametrize("S", [1, 7, 8, 40, 61])
 def test_every_mode_of_prefill_gives_the_same(make_cell: MakeCell, mode: str, S: int) -> None:
     cell = make_cell(mode=mode, S=S, B=2, dtype="fp64")
-    workload = Workload(cell)
+    workload = workload_for(cell)
     (variant,) = workload.variants("auto")
     y = variant.step()
     same(y, whole(workload, S))
@@ -95,8 +95,8 @@ def test_every_mode_of_prefill_gives_the_same(make_cell: MakeCell, mode: str, S:
 @pytest.mark.parametrize("mode", ["batched", "stepwise", "chunked=7"])
 @pytest.mark.parametrize("route", ["auto", "sdpa", "win=off"])
 def test_backward_steps_give_the_gradient_of_the_layer(make_cell: MakeCell, mode: str, route: str) -> None:
-    def step(passes: str) -> tuple[Workload, Callable[[], torch.Tensor]]:
-        workload = Workload(make_cell(passes=passes, mode=mode, route=route, dtype="fp64", S=21))
+    def step(passes: str) -> tuple[LayerWorkload, Callable[[], torch.Tensor]]:
+        workload = workload_for(make_cell(passes=passes, mode=mode, route=route, dtype="fp64", S=21))
         return workload, workload.variants(route)[0].step
 
     workload, backward = step("bwd")
@@ -114,14 +114,14 @@ def test_backward_steps_give_the_gradient_of_the_layer(make_cell: MakeCell, mode
 
 def test_a_layer_that_was_checked_can_be_trained(make_cell: MakeCell) -> None:
     for check in (lambda w, step: list(w.inputs(step, step.spans)), lambda w, step: w.inputs_without_cache()):
-        workload = Workload(make_cell(passes="fwd_bwd"))
+        workload = workload_for(make_cell(passes="fwd_bwd"))
         check(workload, steps_of(workload.cell)[0])
         assert torch.isfinite(workload.training_step("auto")()).all()
 
 
 def test_the_seed_makes_the_layer_and_leaves_the_callers_generator_alone(make_cell: MakeCell) -> None:
     state = torch.get_rng_state()
-    first, again, other = (Workload(make_cell(seed=seed)) for seed in (3, 3, 4))
+    first, again, other = (workload_for(make_cell(seed=seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.x, again.x)
     assert not torch.equal(first.x, other.x)
@@ -134,7 +134,7 @@ def test_the_seed_makes_the_layer_and_leaves_the_callers_generator_alone(make_ce
 @pytest.mark.parametrize("mode", ["batched", "stepwise", "chunked=6"])
 @pytest.mark.parametrize("passes", ["fwd", "fwd_bwd"])
 def test_inputs_are_those_of_the_tokens_asked_for(make_cell: MakeCell, mode: str, passes: str) -> None:
-    workload = Workload(make_cell(mode=mode, passes=passes, S=20))
+    workload = workload_for(make_cell(mode=mode, passes=passes, S=20))
     (step,) = steps_of(workload.cell)
     wanted = [step.spans[0], step.spans[-1]]
     truth = workload.inputs_without_cache()
@@ -149,17 +149,17 @@ def test_inputs_are_those_of_the_tokens_asked_for(make_cell: MakeCell, mode: str
 
 
 def test_the_cache_is_counted_to_the_byte(make_cell: MakeCell) -> None:
-    sizes = Workload(make_cell(phase="decode", S=60, B=2, dtype="bf16")).cache_bytes()
+    sizes = workload_for(make_cell(phase="decode", S=60, B=2, dtype="bf16")).cache_bytes()
     row = 2 * 2 * (8 + 4) * 2  # B, KV heads, dk + dv, bytes
     blocks = (60 - 8) // 4 + 1
     assert sizes == {"cmp": (blocks + 16) * row, "sel": 60 * row, "win": 24 * row}
-    assert Workload(make_cell(passes="bwd")).cache_bytes() == {}
+    assert workload_for(make_cell(passes="bwd")).cache_bytes() == {}
 
 
 @pytest.mark.parametrize(
     "shape", [{"S": 9000}, {"S": 2000, "B": 4}, {"S": 5000, "dk": 32, "groups": 1}], ids=str
 )
 def test_least_bytes_never_refuses_what_fits(make_cell: MakeCell, shape: dict[str, Any]) -> None:
-    peak = peak_memory(lambda: Workload(make_cell(phase="decode", **shape)), "cpu").alloc_bytes
+    peak = peak_memory(lambda: workload_for(make_cell(phase="decode", **shape)), "cpu").alloc_bytes
     assert peak / 8 < least_bytes(make_cell(phase="decode", **shape)) < peak
     assert least_bytes(make_cell(**shape)) == least_bytes(make_cell(phase="decode", **shape))

@@ -296,7 +296,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: set_info(p, schema_version=SCHEMA_VERSION + 1),
         f"has schema {SCHEMA_VERSION + 1}; this nsabench reads {SCHEMA_VERSION}: upgrade nsabench",
     ),
-    "older schema": (lambda p: set_info(p, schema_version=0), "has schema 0; this nsabench reads 1 only"),
+    "older schema": (lambda p: set_info(p, schema_version=0), "is not a run: there never was a schema 0"),
     "odd schema": (lambda p: set_info(p, schema_version="1"), "run.json is not nsabench's"),
     "no journal": (lambda p: (p / "journal.jsonl").unlink(), "is damaged: it has no journal.jsonl"),
     "lost journal": (
@@ -360,10 +360,21 @@ def test_a_csv_with_other_columns_is_not_read(create_run: Create, make_cell: Mak
         load_run(run.path)
 
 
-def test_a_csv_with_broken_values_is_not_read(create_run: Create, make_cell: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        (b"oops,\n", "could not convert string to float: 'oops'"),
+        (b"0.1\n", "it has 8 values, not 9"),
+        (b"0.1,2,3\n", "it has 10 values, not 9"),
+        (b'"0.1,2"\n', "it has 8 values, not 9"),
+    ],
+)
+def test_a_csv_with_broken_values_is_not_read(
+    create_run: Create, make_cell: Make, tmp_path: Path, last: bytes, said: str
+) -> None:
     run, _, _ = start(create_run, make_cell, tmp_path)
-    edit(run.path, "samples.csv", lambda data: data[:-5] + b"oops\n")
-    with pytest.raises(StoreError, match=r"is damaged: samples.csv, row 9: could not convert") as caught:
+    edit(run.path, "samples.csv", lambda data: data[: data.rfind(b",", 0, -2) + 1] + last)
+    with pytest.raises(StoreError, match=f"is damaged: samples.csv, row 9: {said}") as caught:
         load_run(run.path)
     assert "\n" not in str(caught.value)
 

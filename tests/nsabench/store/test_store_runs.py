@@ -77,7 +77,7 @@ def test_a_run_is_named_after_time_command_and_commit(
 
 
 def test_a_taken_name_gets_a_number(create_run: Create, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_utc_now", lambda: datetime(2024, 6, 7, 8, 9, 10, tzinfo=UTC))
+    monkeypatch.setattr(runs, "utc_now", lambda: datetime(2024, 6, 7, 8, 9, 10, tzinfo=UTC))
     stem = "20240607T080910Z-decode-0123456"
     assert [create_run().run_id for _ in range(3)] == [stem, f"{stem}-2", f"{stem}-3"]
     assert {p.name for p in root.iterdir()} == {stem, f"{stem}-2", f"{stem}-3"}
@@ -86,7 +86,7 @@ def test_a_taken_name_gets_a_number(create_run: Create, root: Path, monkeypatch:
 def test_a_name_taken_at_the_last_moment_gets_a_number(
     create_run: Create, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_utc_now", lambda: datetime(2024, 6, 7, 8, 9, 10, tzinfo=UTC))
+    monkeypatch.setattr(runs, "utc_now", lambda: datetime(2024, 6, 7, 8, 9, 10, tzinfo=UTC))
     stem = "20240607T080910Z-decode-0123456"
     rename = runs._rename_new
 

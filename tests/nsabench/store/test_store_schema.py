@@ -27,8 +27,8 @@ from nsabench.store.schema import (
 STAGE_NAMES = ["proj", "compress", "cmp", "score", "sel", "win", "gate", "other"]
 DOCUMENTED = {
     "cells.csv": """
-        run_id cell_id phase passes mode impl S B dim heads groups dk dv l d l_sel n_sel w
-        dtype device selection seed
+        run_id cell_id phase passes mode impl scope S B dim heads groups dk dv l d l_sel n_sel w
+        dtype device selection seed twin
         route cmp_backend score_backend sel_backend win_backend route_proof provider
         status reason
         ms_total ms_lo ms_hi ms_min ms_p95 ms_emit ms_plain n_samples n_rounds timer regime cache

@@ -1,4 +1,4 @@
-"""How often the verdicts are right, by simulation: `python suites/statistics.py` (a minute, any machine).
+"""How often the verdicts are right, by simulation: `python suites/verdicts.py` (a minute, any machine).
 
 Each row is a kind of session that spoils measurements, each column a true difference. A cell says how often
 the verdict was FASTER, SLOWER, SAME, INCONCLUSIVE and INVALID, and how often the interval held the truth.

@@ -1,0 +1,132 @@
+"""How much faster a cell is than another of its shape: the ratio over rounds in which both were measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from nsabench.present.frame import Order, Row, baselines, dense_rows
+from nsabench.stats import Interval, paired_ratios
+
+_KINDS = {"emit": 1, "plain": 2}
+
+_Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A cell, what it is compared with, and its speed relative to that: above 1 it is the faster one.
+
+    `base` is the first route of its shape and `dense` the dense attention of its shape; each may be the cell
+    itself, and is None where there is none. `speed` and `x_dense` are None for the cell itself, and unless
+    both cells are ok.
+    """
+
+    row: Row
+    base: Row | None
+    speed: Interval | None
+    dense: Row | None
+    x_dense: Interval | None
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """A cell's rounds by ascending number: time of a step in ms, and the place the cell had in the round."""
+
+    numbers: npt.NDArray[np.int64]
+    ms: npt.NDArray[np.float64]
+    positions: npt.NDArray[np.float64]
+
+
+def compare(rows: Sequence[Row], samples: pd.DataFrame | None = None, order: Order = ()) -> list[Compared]:
+    """Each row, in order, with what it is compared with; see `Compared`.
+
+    Intervals come from samples paired by (process, round). Without samples, or when the two cells were not
+    measured interleaved, the point is the ratio of the two medians and there is no interval. `order`: the
+    routes as asked for.
+    """
+    base, dense = baselines(rows, order), dense_rows(rows)
+    rounds = {} if samples is None or samples.empty else _rounds(rows, samples)
+    speed, x_dense = _speeds(rows, base, rounds), _speeds(rows, dense, rounds)
+    return [Compared(*parts) for parts in zip(rows, base, speed, dense, x_dense, strict=True)]
+
+
+def _speeds(
+    rows: Sequence[Row], others: Sequence[Row | None], rounds: Mapping[_Key, _Rounds]
+) -> list[Interval | None]:
+    """For each row, the other's time over its own."""
+    found: list[Interval | None] = []
+    places: list[int] = []
+    pairs = []
+    for row, other in zip(rows, others, strict=True):
+        found.append(None)
+        if other is None or other is row or not (_timed(row) and _timed(other)):
+            continue
+        found[-1] = Interval(other["ms_total"] / row["ms_total"], None, None, 0)
+        pair = _pair(*(rounds.get((r["run_id"], r["cell_id"])) for r in (other, row)))
+        if pair is not None:
+            places.append(len(found) - 1)
+            pairs.append(pair)
+    for place, interval in zip(places, paired_ratios(pairs), strict=True):
+        found[place] = interval
+    return found
+
+
+def _timed(row: Row) -> bool:
+    return bool(row["status"] == "ok" and row["ms_total"])
+
+
+def _pair(
+    a: _Rounds | None, b: _Rounds | None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """The two cells' times in the rounds they share; None where those prove nothing."""
+    if a is None or b is None:
+        return None
+    _, in_a, in_b = np.intersect1d(a.numbers, b.numbers, assume_unique=True, return_indices=True)
+    # Two arms at one place of one round were not visited in turn: the pairs of such rounds prove nothing.
+    if not len(in_a) or (a.positions[in_a] == b.positions[in_b]).any():
+        return None
+    return a.ms[in_a], b.ms[in_b]
+
+
+def _rounds(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, _Rounds]:
+    """The rounds of every cell; decode's two kinds of step weighted as they occur."""
+    cell = samples.groupby(["run_id", "cell_id"], sort=False).ngroup().to_numpy()
+    kind = samples["variant"].map(_KINDS).fillna(0).to_numpy()
+    times = pd.DataFrame(
+        {name: samples[name].to_numpy() for name in ("process", "round", "position", "ms")}
+    ).assign(cell=cell, kind=kind)
+    in_round = ["cell", "process", "round"]
+    ms = times[times["ms"] > 0].groupby([*in_round, "kind"])["ms"].median().unstack("kind")
+    place = times.groupby(in_round)["position"].first().reindex(ms.index).to_numpy(dtype=float)
+
+    keys = list(samples[["run_id", "cell_id"]].drop_duplicates().itertuples(index=False, name=None))
+    stride = {(row["run_id"], row["cell_id"]): row["d"] or np.nan for row in rows}
+    of_round = ms.index.get_level_values("cell").to_numpy()
+    total = _step_ms(ms, of_round, np.array([stride.get(key, np.nan) for key in keys])[of_round])
+
+    known = ~np.isnan(total) & ~np.isnan(place)
+    numbers = (
+        ms.index.get_level_values("process").to_numpy(dtype=np.int64) << 32
+    ) + ms.index.get_level_values("round").to_numpy(dtype=np.int64)
+    ends = np.searchsorted(of_round[known], np.arange(len(keys) + 1))
+    parts = (numbers[known], total[known], place[known])
+    return {
+        key: _Rounds(*(part[start:end] for part in parts))
+        for key, start, end in zip(keys, ends[:-1], ends[1:], strict=True)
+    }
+
+
+def _step_ms(
+    ms: pd.DataFrame, cell: npt.NDArray[np.int64], stride: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Mean time of a step in each round: where told apart, one in `stride` emits a compressed token."""
+    single, emit, plain = (
+        ms[kind].to_numpy() if kind in ms else np.full(len(ms), np.nan) for kind in (0, 1, 2)
+    )
+    told_apart = np.zeros(cell.max(initial=0) + 1, dtype=bool)
+    told_apart[cell[~np.isnan(emit) | ~np.isnan(plain)]] = True
+    mixed = emit / stride + np.where(stride == 1, 0, plain * (1 - 1 / stride))
+    return np.where(told_apart[cell], mixed, single)

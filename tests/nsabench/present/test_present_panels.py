@@ -1,0 +1,151 @@
+"""What a figure shows of many runs, routes and shapes, and that it says what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from matplotlib.container import ErrorbarContainer
+
+from nsabench.present.figures import shares_figure, time_figure
+from nsabench.present.frame import PresentError
+from nsabench.present.panels import MOST_LINES, MOST_RUNS, make_panels
+from nsabench.present.plots import plot_run, set_name
+from nsabench.present.style import figure_style, route_styles
+from nsabench.store import Run
+
+MakeRun = Callable[..., Run]
+
+ROUTES = ("sdpa", "gather", "auto")
+SIZES = (512, 1024, 2048, 65536)
+
+
+@pytest.fixture(autouse=True)
+def _style() -> Iterator[None]:
+    with figure_style():
+        yield
+
+
+def many(make_run: MakeRun, n: int, **settings: Any) -> list[Run]:
+    return [
+        make_run(
+            run_id=f"run-{i:02}", commit=f"{i:07d}" * 6, created=f"2025-01-{i + 1:02}T00:00:00Z", **settings
+        )
+        for i in range(n)
+    ]
+
+
+def test_of_a_long_history_the_latest_runs_are_shown_and_the_rest_is_counted(make_run: MakeRun) -> None:
+    runs = many(make_run, 9, routes=ROUTES, S=(1024, 2048))
+    (panel,), left_out = make_panels(runs[::-1])
+    assert {series.label.split(" @ ")[1] for series in panel.series} == {
+        "0000005",
+        "0000006",
+        "0000007",
+        "0000008",
+    }
+    assert len(panel.series) == MOST_LINES
+    assert panel.left_out == "left out: 5 earlier runs"
+    assert left_out == [f"decode: {panel.left_out}"]
+    assert panel.subtitle[-1] == panel.left_out
+    figure = time_figure(panel, route_styles(s.arm for s in panel.series))
+    assert figure is not None
+    assert "left out: 5 earlier runs" in [text.get_text() for text in figure.texts]
+    bars = [c for c in figure.axes[0].containers if isinstance(c, ErrorbarContainer)]
+    dashes = {bar.lines[0].get_linestyle() for bar in bars if bar.lines[0]}
+    assert len(dashes) == MOST_RUNS
+
+
+def test_with_many_routes_fewer_runs_are_shown(make_run: MakeRun) -> None:
+    routes = ("auto", "sdpa", "gather", "triton", "reference")
+    runs = many(make_run, 6, routes=routes, baselines=("dense",), S=(1024, 2048))
+    (panel,), _ = make_panels(runs)
+    assert {series.run for series in panel.series} == {0, 1}
+    assert list(panel.runs) == ["0000004", "0000005"]
+    assert panel.left_out == "left out: 4 earlier runs"
+
+
+def test_a_few_runs_are_all_shown_with_fewer_routes_but_never_without_dense(make_run: MakeRun) -> None:
+    routes = ("auto", "sdpa", "gather", "triton", "reference")
+    runs = many(make_run, 3, routes=routes, baselines=("dense",), S=(1024, 2048))
+    (panel,), _ = make_panels(runs)
+    assert list(panel.runs) == ["0000000", "0000001", "0000002"]
+    assert list(dict.fromkeys(s.arm for s in panel.series)) == ["auto", "sdpa", "gather", "dense"]
+    assert panel.left_out == "left out: 2 of 6 routes (triton; reference)"
+
+
+def test_one_run_with_too_many_routes_shows_the_first(make_run: MakeRun) -> None:
+    routes = [f"cmp=sdpa,sel=r{i}" for i in range(20)]
+    (panel,), _ = make_panels([make_run(routes=routes, baselines=("dense",))])
+    assert [s.arm for s in panel.series] == [*routes[: MOST_LINES - 1], "dense"]
+    names = "; ".join(routes[MOST_LINES - 1 : MOST_LINES + 2])
+    assert panel.left_out == f"left out: 9 of 21 routes ({names} and 6 more)"
+
+
+def test_runs_that_hold_nothing_good_do_not_push_out_those_that_do(make_run: MakeRun) -> None:
+    broken = {("auto", s): ("oom", "x") for s in (1024, 2048)}
+    good = make_run(routes=("auto",), S=(1024, 2048), run_id="good", created="2020-01-01T00:00:00Z")
+    runs = [good, *many(make_run, 30, routes=("auto",), S=(1024, 2048), failed=broken)]
+    (panel,), _ = make_panels(runs)
+    assert any(c.row["run_id"] == "good" for s in panel.series for c in s.cells)
+    assert time_figure(panel, route_styles(["auto"])) is not None
+
+
+def test_of_many_shapes_those_with_the_most_sizes_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(routes=("auto",), w=2**i, S=SIZES[: 1 + i % 3]) for i in range(4, 14)]
+    panels, left_out = make_panels(runs, most=3)
+    assert [panel.name for panel in panels] == ["decode-w32", "decode-w256", "decode-w2048"]
+    assert left_out == ["7 of 10 shapes: --most and --where choose others"]
+    notes: list[str] = []
+    written = plot_run(runs, tmp_path, ["svg"], most=1, note=notes.append)
+    assert [path.name for path in written] == [f"decode-{what}.svg" for what in ("time", "shares", "memory")]
+    assert notes == ["9 of 10 shapes: --most and --where choose others"]
+    assert len(make_panels(runs, most=20)[0]) == 10
+
+
+def test_only_what_is_kept_is_drawn_but_compared_with_all(make_run: MakeRun) -> None:
+    run = make_run(routes=("sdpa", "gather"), baselines=("dense",))
+    (panel,), _ = make_panels([run], lambda cells: (cells["route"] == "gather") & (cells["S"] > 1024))
+    (series,) = panel.series
+    assert panel.sizes == [2048, 4096]
+    assert all(cell.speed and cell.x_dense for cell in series.cells)
+    with pytest.raises(PresentError, match="no cell is as asked for"):
+        make_panels([run], lambda cells: cells["S"] < 0)
+
+
+def test_shares_of_many_series_are_those_of_the_latest_run(make_run: MakeRun) -> None:
+    (panel,), _ = make_panels(many(make_run, 4, routes=ROUTES))
+    figure = shares_figure(panel, {})
+    assert figure is not None
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert titles == [f"{route} @ 0000003" for route in ROUTES]
+    assert figure.texts[0].get_text().endswith("in 0000003")
+
+
+def test_a_merged_run_is_drawn_as_its_sources(make_run: MakeRun) -> None:
+    first, second = make_run(run_id="a"), make_run(run_id="b", commit="b" * 40)
+    second.info["environment"]["cpu"] = {"model": "Another (C) CPU"}
+    merged = Run(
+        info={"run_id": "m", "plan": first.info["plan"], "sources": [first.info, second.info]},
+        cells=pd.concat([first.cells, second.cells]),
+        samples=pd.concat([first.samples, second.samples]),
+        telemetry=first.telemetry,
+        kernels=first.kernels,
+        path=first.path,
+    )
+    (one, two), _ = make_panels([merged])
+    assert "AMD EPYC 7B13" in one.subtitle[1]
+    assert "Another (C)" in two.subtitle[1]
+    assert "commit bbbbbbb" in two.subtitle[1]
+
+
+def test_a_set_of_runs_has_a_folder_name_that_fits() -> None:
+    ids = [f"20250102T0304{i:02}Z-decode-1a2b3c4" for i in range(60)]
+    assert set_name(ids[:1]) == ids[0]
+    assert set_name(ids[:2]) == f"{ids[0]}+{ids[1]}"
+    assert set_name(ids).startswith(f"{ids[0]}+59-")
+    assert len(set_name(ids)) < 100
+    assert set_name(ids) != set_name([*ids[:-1], "other"])
