@@ -17,6 +17,8 @@ from nsa.config import NSAConfig
 from nsa.routes import Routing
 from nsa.stages import stage
 
+TABLE_ROWS = 4096  # rotations computed at a time
+
 
 class NativeSparseAttention(nn.Module):
     """One layer of Native Sparse Attention, for training, prefill, chunked prefill and decode alike.
@@ -186,11 +188,17 @@ class NativeSparseAttention(nn.Module):
         assert self.rope is not None
         half = self.config.head_dim // 2
         exponent = torch.arange(half, device=like.device, dtype=torch.float64) / half
-        position = torch.arange(rows, device=like.device, dtype=torch.float64)
-        angle = torch.outer(position, float(self.rope) ** -exponent)
-        cos, sin = angle.cos(), angle.sin()
-        full = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        return full[0].to(like.dtype).unsqueeze(1), full[1].to(like.dtype).unsqueeze(1)
+        frequency = float(self.rope) ** -exponent
+        tables = tuple(like.new_empty(rows, 1, 2 * half) for _ in range(2))
+        # In parts: a long table's angles in fp64 would be the largest tensors of a small model.
+        for first in range(0, rows, TABLE_ROWS):
+            part = slice(first, min(first + TABLE_ROWS, rows))
+            position = torch.arange(part.start, part.stop, device=like.device, dtype=torch.float64)
+            angle = torch.outer(position, frequency).unsqueeze(1)
+            sin = angle.sin()
+            tables[0][part] = angle.cos().repeat(1, 1, 2)
+            tables[1][part] = torch.cat([-sin, sin], -1)
+        return tables[0], tables[1]
 
     def _packed(
         self, x: torch.Tensor, cache: KVCache | None, routing: str | Routing, cu_seqlens: torch.Tensor

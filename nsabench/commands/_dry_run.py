@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -91,12 +92,18 @@ def _table(planned: Sequence[Planned], plan: Plan) -> Table:
     cells = plan.cells
     varied = [name for name in REST if len({getattr(cell, name) for cell in cells}) > 1]
     size = f"{counted(len(cells), 'cell')} in {counted(len(planned), 'group')}"
-    table = Table(title=f"{plan.suite.name}: {size}", title_justify="left")
+    table = Table(
+        title=f"{plan.suite.name}: {size}",
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        box=box.SIMPLE_HEAD,
+    )
     for header in ("#", *ALWAYS, *(["with"] if varied else []), "arms", "time", "memory"):
         right = header in ("#", "S", "B", "time", "memory")
         wide = header in ("with", "arms")
         side: Literal["left", "right"] = "right" if right else "left"
-        table.add_column(header, justify=side, overflow="fold", no_wrap=not wide, min_width=12 * wide)
+        table.add_column(header, justify=side, overflow="fold", no_wrap=not wide, min_width=8 * wide)
     for place, group in enumerate(planned, 1):
         first, expected = group.cells[0], group.expected
         apart = fields_text(first.to_dict(), varied)

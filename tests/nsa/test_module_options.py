@@ -290,3 +290,12 @@ def test_x_must_be_tokens(shape: tuple[int, ...], small: Small) -> None:
 def test_wrong_options_are_one_clear_line(options: dict[str, Any], message: str, small: Small) -> None:
     with pytest.raises(ValueError, match=message):
         NativeSparseAttention(small(), **({"dim": DIM} | options))
+
+
+def test_rotations_do_not_depend_on_how_their_table_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = NativeSparseAttention(NSAConfig(4, 2, 16), 32), torch.randn(1, 90, 32)
+    with torch.no_grad():
+        whole = layer(x)
+        layer._rotations.clear()
+        monkeypatch.setattr("nsa.module.TABLE_ROWS", 7)
+        assert torch.equal(layer(x), whole)
