@@ -9,6 +9,7 @@ import typer
 
 from nsabench import __version__
 from nsabench.commands._flat import flat
+from nsabench.commands.compare import compare
 from nsabench.commands.decode import decode
 from nsabench.commands.doctor import doctor
 from nsabench.commands.merge import merge
@@ -44,7 +45,7 @@ def _root(
 ) -> None: ...
 
 
-for command in (flat(decode), flat(prefill), resume, results, merge, plot, routes, doctor):
+for command in (flat(decode), flat(prefill), flat(compare), resume, results, merge, plot, routes, doctor):
     app.command()(command)
 app.add_typer(suite)
 

@@ -129,7 +129,7 @@ def _measure(
     left = _left(run, cells)
     executor = None if in_process else LocalExecutor(local_slots(left), process=process)
     order = planned_routes(run.info)
-    with SweepView(console(), total=len(left), json_lines=json_lines, order=order) as view, _ctrl_c() as stop:
+    with SweepView(console(), total=len(left), json_lines=json_lines, order=order) as view, ctrl_c() as stop:
         for line in heading:
             view.note(line)
         try:
@@ -156,7 +156,7 @@ def _measure(
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
+def ctrl_c() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C is a wish, which the function that this gives tells of; the second ends what runs."""
     asked = 0
 

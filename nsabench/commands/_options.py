@@ -336,7 +336,7 @@ class SweepOptions:
     ] = None
 
 
-def axes_given(*options: AxisOptions | PromptOptions) -> dict[str, str]:
+def axes_given(*options: object) -> dict[str, str]:
     """The axes that were given, by name, as text."""
     given = {name: value for part in options for name, value in vars(part).items() if value is not None}
     if "mode" in given:

@@ -43,10 +43,10 @@ def plot(
     with one_line_errors():
         from nsabench.present.plots import plot_run, set_name
         from nsabench.present.selecting import parse_where
-        from nsabench.store import load_run
+        from nsabench.store import load_cells
 
         condition = parse_where(where or ())
-        loaded = s.stored_runs(runs, load_run, tag or (), since)
+        loaded = s.stored_runs(runs, load_cells, tag or (), since)
         files = plot_run(
             loaded,
             out / set_name([run.run_id for run in loaded]),

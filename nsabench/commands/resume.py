@@ -62,6 +62,8 @@ def _plan_of(stored: Run) -> tuple[list[Cell], Policy]:
     from nsabench.run import Policy
     from nsabench.store import StoreError
 
+    if "comparison" in stored.info:
+        raise StoreError(f"{stored.path} is a comparison, which is never resumed: measure it anew")
     try:
         cells = [Cell.from_dict(fields) for fields in stored.info["plan"]]
         return cells, Policy.from_dict(stored.info["policy"])

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -19,6 +19,8 @@ from nsabench.present.wording import folded, range_text, tokens_text
 
 _HEADER_CHARACTERS = 114
 _FAILED_ROW = 0.055
+_LEGEND_CHARACTERS = 100
+_LEGEND_ROW_INCHES = 0.195
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,21 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """Marks by ascending S, drawn as one line that breaks where there is no value."""
+    """Marks by ascending S, drawn as one line that breaks where there is no value.
 
-    label: str
+    `name` is what was measured and `run` in which run, empty where that is not the question.
+    """
+
+    name: str
     color: str
     marker: str
     dash: Any
     marks: tuple[Mark, ...]
+    run: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} @ {self.run}" if self.run else self.name
 
     @property
     def known(self) -> bool:
@@ -67,12 +77,16 @@ class Scale:
 
 def new_figure(panel: Panel, what: str, body_inches: float) -> Figure:
     """A figure with title, shape, machine and commit on top; what is drawn goes below them."""
-    header = [line for part in panel.subtitle for line in textwrap.wrap(part, _HEADER_CHARACTERS)]
+    return headed_figure(f"{panel.title}: {what}", panel.subtitle, body_inches)
+
+
+def headed_figure(title: str, subtitle: Sequence[str], body_inches: float) -> Figure:
+    """A figure with a title and the lines of a subtitle on top; what is drawn goes below them."""
+    header = [line for part in subtitle for line in textwrap.wrap(part, _HEADER_CHARACTERS)]
     header_inches = 0.42 + 0.18 * len(header)
     height = body_inches + header_inches
     layout = ConstrainedLayoutEngine(rect=(0.01, 0.01, 0.98, 0.99 - header_inches / height))
     figure = Figure(figsize=(WIDTH_INCHES, height), layout=layout)
-    title = f"{panel.title}: {what}"
     figure.text(0.012, 1 - 0.08 / height, title, fontsize=12, fontweight="bold", va="top")
     for number, line in enumerate(header):
         figure.text(0.012, 1 - (0.34 + 0.18 * number) / height, line, fontsize=9, color=GREY, va="top")
@@ -85,68 +99,112 @@ def value_figure(panel: Panel, lines: Sequence[Line], what: str, scale: Scale) -
     values += [] if scale.reference is None else [scale.reference]
     if len(panel.sizes) == 1:
         return _dots(panel, lines, f"{what}, S={panel.sizes[0]}", scale, values)
-    figure = new_figure(panel, what, 4.1)
+    known = [line for line in lines if line.known]
+    failing = [line for line in lines if any(m.status != "ok" for m in line.marks)]
+    widths = [min(len(known) - 1 - i, 4) if scale.nested else 0 for i in range(len(known))]
+    handles = [*_handles(known, widths), *(cross for line in failing for cross in _crosses(line))]
+    columns = _legend_columns([str(handle.get_label()) for handle in handles])
+    legend_rows = math.ceil(len(handles) / columns)
+    body_inches = 4.1 + _LEGEND_ROW_INCHES * max(0, legend_rows - 2)
+    figure = new_figure(panel, what, body_inches)
     axes = figure.subplots()
-    handles = _draw_lines(axes, lines, scale)
+    for line, wider in zip(known, widths, strict=True):
+        _draw_line(axes, line, wider)
+    if scale.reference is not None:
+        axes.axhline(scale.reference, color=GREY, linewidth=1, zorder=1)
     size_axis(axes, panel.sizes)
     value_axis(axes, values, "y", scale.text, binary=scale.binary, zero=scale.reference is None)
     axes.set_ylabel(scale.label)
-    handles += _draw_failures(axes, lines)
-    columns = min(4, max(1, 100 // (max(len(h.get_label()) for h in handles) + 7)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    _draw_failures(axes, failing)
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0), ncols=columns)
+    ticks = axes.yaxis.get_major_formatter().format_ticks(list(axes.yaxis.get_majorticklocs()))
+    _place(axes, max(map(len, ticks), default=0), legend_rows, body_inches)
     return figure
 
 
-def _draw_lines(axes: Axes, lines: Sequence[Line], scale: Scale) -> list[Any]:
-    known = [line for line in lines if line.known]
-    if scale.reference is not None:
-        axes.axhline(scale.reference, color=GREY, linewidth=1, zorder=1)
-    return [_draw_line(axes, line, len(known) - 1 - i if scale.nested else 0) for i, line in enumerate(known)]
+def _place(axes: Axes, tick_characters: int, legend_rows: int, body_inches: float) -> None:
+    """Put the only axes of a figure between its header and its legend.
+
+    By arithmetic, for a layout engine draws everything once more to find this out.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_layout_engine("none")
+    height = figure.get_figheight()
+    left = (0.45 + 0.08 * tick_characters) / WIDTH_INCHES
+    bottom = (0.7 + _LEGEND_ROW_INCHES * legend_rows) / height
+    axes.set_position((left, bottom, 0.985 - left, (body_inches - 0.08) / height - bottom))
 
 
-def _draw_line(axes: Axes, line: Line, above: int) -> ErrorbarContainer:
-    """`above`: how many lines will be drawn over this one, which is wider so that it shows under them."""
+def _legend_columns(labels: Sequence[str]) -> int:
+    """The most columns, up to four, in which the labels have room side by side."""
+    for columns in (4, 3, 2):
+        parts = np.array_split(list(map(len, labels)), min(columns, len(labels)))
+        if sum(max(part) + 7 for part in parts) <= _LEGEND_CHARACTERS:
+            return columns
+    return 1
+
+
+def _handles(lines: Sequence[Line], widths: Sequence[int]) -> list[Line2D]:
+    """The legend: every line, but of several runs once what was measured and once the runs."""
+    runs = {line.run: line.dash for line in lines if line.run}
+    if len(runs) < 2:
+        return [Line2D([], [], **_look(line, wider)) for line, wider in zip(lines, widths, strict=True)]
+    names = {line.name: line for line in lines}
+    own = [_look(line, 0) | {"label": name} for name, line in names.items()]
+    solid = [look | ({"linestyle": "-"} if names[look["label"]].run else {}) for look in own]
+    dashed = [{"color": GREY, "linestyle": dash, "label": run} for run, dash in runs.items()]
+    return [Line2D([], [], **look) for look in (*solid, *dashed)]
+
+
+def _look(line: Line, wider: int) -> dict[str, Any]:
+    """`wider`: how many lines are drawn over this one, which is to show under them."""
+    return {
+        "color": line.color,
+        "marker": line.marker,
+        "linestyle": line.dash,
+        "label": line.label,
+        "linewidth": 1.6 + 0.6 * wider,
+        "markersize": 5.5 + 1.3 * wider,
+    }
+
+
+def _draw_line(axes: Axes, line: Line, wider: int) -> None:
     marks = line.marks
     intervals = [[m.value - m.lo for m in marks], [m.hi - m.value for m in marks]]
-    wider = min(above, 4)
-    return axes.errorbar(
+    axes.errorbar(
         [m.size for m in marks],
         [m.value for m in marks],
         yerr=None if all(map(math.isnan, intervals[0])) else intervals,
-        color=line.color,
-        marker=line.marker,
-        linestyle=line.dash,
-        label=line.label,
-        linewidth=1.6 + 0.6 * wider,
-        markersize=5.5 + 1.3 * wider,
         capsize=3.5,
         elinewidth=1.3,
+        **_look(line, wider),
     )
 
 
-def _draw_failures(axes: Axes, lines: Sequence[Line]) -> list[Line2D]:
-    """Crosses above all values where a cell failed, one row for each line; their labels say why."""
-    failing = [line for line in lines if any(m.status != "ok" for m in line.marks)]
+def _crosses(line: Line) -> list[Line2D]:
+    """A cross for each way in which cells of the line failed; its data are their sizes."""
+    crosses = []
+    for status in dict.fromkeys(m.status for m in line.marks if m.status != "ok"):
+        sizes = [m.size for m in line.marks if m.status == status]
+        label = f"{line.label}: {status} at {_sizes_text(sizes)}"
+        look: Any = {"color": line.color, "marker": "x", "markeredgewidth": 1.8, "linestyle": ""}
+        crosses.append(Line2D(sizes, [0] * len(sizes), label=label, **look))
+    return crosses
+
+
+def _draw_failures(axes: Axes, failing: Sequence[Line]) -> None:
+    """Crosses above all values where a cell failed, one row for each line."""
     if not failing:
-        return []
+        return
     band = _FAILED_ROW * (len(failing) + 0.5)
     room_above(axes, band)
     axes.add_patch(Rectangle((0, 1 - band), 1, band, transform=axes.transAxes, color="#f2f2f2", zorder=0.8))
-    crosses: list[Line2D] = []
     for row, line in enumerate(failing):
-        for status in dict.fromkeys(m.status for m in line.marks if m.status != "ok"):
-            sizes = [m.size for m in line.marks if m.status == status]
-            crosses += axes.plot(
-                sizes,
-                [1 - _FAILED_ROW * (row + 0.75)] * len(sizes),
-                transform=axes.get_xaxis_transform(),
-                color=line.color,
-                marker="x",
-                markeredgewidth=1.8,
-                linestyle="",
-                label=f"{line.label}: {status} at {_sizes_text(sizes)}",
-            )
-    return crosses
+        for cross in _crosses(line):
+            cross.set_ydata([1 - _FAILED_ROW * (row + 0.75)] * len(np.asarray(cross.get_xdata())))
+            cross.set_transform(axes.get_xaxis_transform())
+            axes.add_line(cross)
 
 
 def _sizes_text(sizes: Sequence[int]) -> str:

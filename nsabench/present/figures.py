@@ -20,7 +20,7 @@ from nsabench.store.schema import STAGES
 
 Styles = Mapping[str, RouteStyle]
 
-_MOST_SHARES = 8
+_MOST_SHARES = 6
 _ITEM_BYTES = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -110,7 +110,10 @@ def shares_figure(panel: Panel, styles: Styles) -> Figure | None:
     if len(shown) > _MOST_SHARES:
         last = max(s.run for s in shown)
         what += f" in {panel.runs[last]}" if len(panel.runs) > 1 else ""
-        shown = [s for s in shown if s.run == last][:_MOST_SHARES]
+        shown = [s for s in shown if s.run == last]
+        if len(shown) > _MOST_SHARES:
+            what += f", {_MOST_SHARES} of {len(shown)} routes"
+            shown = shown[:_MOST_SHARES]
     columns = min(2 if len(panel.sizes) > 3 else 4, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(panel, what, 0.5 + 2.6 * rows)
@@ -170,11 +173,12 @@ def _write_on(axes: Axes, x: float, y: float, text: str, background: str) -> Non
 def _route_lines(panel: Panel, styles: Styles, mark: Callable[[Compared], Mark]) -> list[Line]:
     return [
         Line(
-            series.label,
+            series.arm,
             styles[series.arm].color,
             styles[series.arm].marker,
             RUN_DASHES[series.run % len(RUN_DASHES)],
             tuple(map(mark, series.cells)),
+            panel.runs[series.run] if len(panel.runs) > 1 else "",
         )
         for series in panel.series
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from nsabench.present.frame import PLANNED, Row
 from nsabench.present.pairing import Compared
 from nsabench.present.wording import field_text, fields_text, value_text
-from nsabench.store import Run
+from nsabench.store import Run, RunCells
 
 WITHIN = ("S", "impl")
 """Planned fields that may differ within a figure. All others split it, as do the machine and the regime."""
@@ -36,7 +36,7 @@ def regime_of(row: Row) -> tuple[str, str]:
     return row["regime"], row["cache"]
 
 
-def created_at(run: Run) -> str:
+def created_at(run: RunCells) -> str:
     """When the run was made, in words that sort by time; empty where unknown."""
     return str(run.info.get("created") or "")
 

@@ -32,7 +32,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Rounds:
+class Rounds:
     """A cell's rounds by ascending number: time of a step in ms, and the place the cell had in the round."""
 
     numbers: npt.NDArray[np.int64]
@@ -48,13 +48,13 @@ def compare(rows: Sequence[Row], samples: pd.DataFrame | None = None, order: Ord
     routes as asked for.
     """
     base, dense = baselines(rows, order), dense_rows(rows)
-    rounds = {} if samples is None or samples.empty else _rounds(rows, samples)
+    rounds = {} if samples is None or samples.empty else rounds_of(rows, samples)
     speed, x_dense = _speeds(rows, base, rounds), _speeds(rows, dense, rounds)
     return [Compared(*parts) for parts in zip(rows, base, speed, dense, x_dense, strict=True)]
 
 
 def _speeds(
-    rows: Sequence[Row], others: Sequence[Row | None], rounds: Mapping[_Key, _Rounds]
+    rows: Sequence[Row], others: Sequence[Row | None], rounds: Mapping[_Key, Rounds]
 ) -> list[Interval | None]:
     """For each row, the other's time over its own."""
     found: list[Interval | None] = []
@@ -65,7 +65,7 @@ def _speeds(
         if other is None or other is row or not (_timed(row) and _timed(other)):
             continue
         found[-1] = Interval(other["ms_total"] / row["ms_total"], None, None, 0)
-        pair = _pair(*(rounds.get((r["run_id"], r["cell_id"])) for r in (other, row)))
+        pair = shared_rounds(*(rounds.get((r["run_id"], r["cell_id"])) for r in (other, row)))
         if pair is not None:
             places.append(len(found) - 1)
             pairs.append(pair)
@@ -78,8 +78,8 @@ def _timed(row: Row) -> bool:
     return bool(row["status"] == "ok" and row["ms_total"])
 
 
-def _pair(
-    a: _Rounds | None, b: _Rounds | None
+def shared_rounds(
+    a: Rounds | None, b: Rounds | None
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """The two cells' times in the rounds they share; None where those prove nothing."""
     if a is None or b is None:
@@ -91,7 +91,7 @@ def _pair(
     return a.ms[in_a], b.ms[in_b]
 
 
-def _rounds(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, _Rounds]:
+def rounds_of(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, Rounds]:
     """The rounds of every cell; decode's two kinds of step weighted as they occur."""
     cell = samples.groupby(["run_id", "cell_id"], sort=False).ngroup().to_numpy()
     kind = samples["variant"].map(_KINDS).fillna(0).to_numpy()
@@ -114,7 +114,7 @@ def _rounds(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, _Rounds]:
     ends = np.searchsorted(of_round[known], np.arange(len(keys) + 1))
     parts = (numbers[known], total[known], place[known])
     return {
-        key: _Rounds(*(part[start:end] for part in parts))
+        key: Rounds(*(part[start:end] for part in parts))
         for key, start, end in zip(keys, ends[:-1], ends[1:], strict=True)
     }
 
@@ -126,7 +126,8 @@ def _step_ms(
     single, emit, plain = (
         ms[kind].to_numpy() if kind in ms else np.full(len(ms), np.nan) for kind in (0, 1, 2)
     )
-    told_apart = np.zeros(cell.max(initial=0) + 1, dtype=bool)
-    told_apart[cell[~np.isnan(emit) | ~np.isnan(plain)]] = True
+    emits = np.zeros(cell.max(initial=0) + 1, dtype=bool)
+    emits[cell[~np.isnan(emit)]] = True
     mixed = emit / stride + np.where(stride == 1, 0, plain * (1 - 1 / stride))
-    return np.where(told_apart[cell], mixed, single)
+    # Below one compression block no step emits a token: then the plain ones are all there is.
+    return np.where(emits[cell], mixed, np.where(np.isnan(plain), single, plain))

@@ -19,7 +19,7 @@ from nsabench.present.naming import (
 )
 from nsabench.present.pairing import Compared, compare
 from nsabench.present.wording import arm_text, count_text
-from nsabench.store import Run
+from nsabench.store import Run, RunCells
 
 MOST_PANELS = 8
 """Shapes drawn unless more are asked for."""
@@ -75,7 +75,7 @@ class _Group:
 
 
 def make_panels(
-    runs: Sequence[Run], keep: Keep | None = None, most: int = MOST_PANELS
+    runs: Sequence[RunCells], keep: Keep | None = None, most: int = MOST_PANELS
 ) -> tuple[list[Panel], list[str]]:
     """The figures' material, in the order of the runs, and in words what none of them shows.
 
@@ -86,7 +86,8 @@ def make_panels(
     """
     if not runs:
         raise PresentError("there is no run to plot")
-    runs = [part for run in runs for part in run.parts()]
+    # A merged run is taken apart, and only here is all of it needed: of others, what is drawn is read later.
+    runs = [part for run in runs for part in (run.whole().parts() if "sources" in run.info else [run])]
     frame = _places(runs, keep)
     groups = _groups(frame, runs)
     if not groups:
@@ -106,7 +107,7 @@ def make_panels(
     return panels, left_out + [f"{panel.name}: {panel.left_out}" for panel in panels if panel.left_out]
 
 
-def _places(runs: Sequence[Run], keep: Keep | None) -> pd.DataFrame:
+def _places(runs: Sequence[RunCells], keep: Keep | None) -> pd.DataFrame:
     """Of every cell to draw: its run and row, its machine, and what decides on its figure."""
     frames = []
     for number, run in enumerate(runs):
@@ -123,7 +124,7 @@ def _places(runs: Sequence[Run], keep: Keep | None) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _groups(frame: pd.DataFrame, runs: Sequence[Run]) -> list[_Group]:
+def _groups(frame: pd.DataFrame, runs: Sequence[RunCells]) -> list[_Group]:
     """The cells of each figure that has an ok one, from the latest runs, in the order of appearance."""
     created = [(created_at(run), number) for number, run in enumerate(runs)]
     found = []
@@ -142,12 +143,13 @@ def _widest(groups: Sequence[_Group], most: int) -> list[_Group]:
     return [groups[i] for i in sorted(by_sizes[:most])]
 
 
-def _material(runs: Sequence[Run], groups: Sequence[_Group]) -> dict[int, tuple[Run, list[Compared]]]:
+def _material(runs: Sequence[RunCells], groups: Sequence[_Group]) -> dict[int, tuple[Run, list[Compared]]]:
     """The runs that are drawn, by their number, with all their cells."""
     numbers = dict.fromkeys(number for group in groups for number in group.places["run"])
+    whole = {number: runs[number].whole() for number in numbers}
     return {
         number: (run, compare(cell_rows(run.cells), run.samples, planned_routes(run.info)))
-        for number, run in ((number, runs[number]) for number in numbers)
+        for number, run in whole.items()
     }
 
 
@@ -162,7 +164,7 @@ def _by_regime(group: Sequence[Member]) -> list[list[Member]]:
     return [[m for m in group if not m.ok or regime_of(m.row) == regime] for regime in regimes]
 
 
-def _nothing_to_plot(runs: Sequence[Run], frame: pd.DataFrame) -> str:
+def _nothing_to_plot(runs: Sequence[RunCells], frame: pd.DataFrame) -> str:
     names = [run.run_id for run in runs]
     who = ", ".join(names) if len(names) <= 4 else f"{len(names)} runs"
     if all(run.cells.empty for run in runs):

@@ -9,10 +9,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from nsabench.present.figures import dense_figure, memory_figure, shares_figure, speed_figure, time_figure
+from nsabench.present.forest import forest_figure
 from nsabench.present.frame import PresentError
 from nsabench.present.panels import MOST_PANELS, Keep, Panel, make_panels
 from nsabench.present.style import RouteStyle, figure_style, lay_out, route_styles
-from nsabench.store import DiskError, Run
+from nsabench.present.verdicts import Comparison, findings_of
+from nsabench.store import DiskError, RunCells
 from nsabench.store.files import disk_error
 
 _FIGURES: dict[str, Callable[[Panel, Mapping[str, RouteStyle]], Figure | None]] = {
@@ -34,7 +36,7 @@ _LONGEST_NAME = 120
 
 
 def plot_run(
-    run: Run | Sequence[Run],
+    run: RunCells | Sequence[RunCells],
     out: Path,
     formats: Sequence[str] = ("png", "svg"),
     *,
@@ -44,11 +46,13 @@ def plot_run(
 ) -> list[Path]:
     """Draw the run, or several in the same figures, into the folder `out`; returns the files written.
 
+    Of a run given without its samples (`load_cells`) they are read if it is drawn.
+
     They are `<name>-time`, `-shares` (where stages were measured), `-memory`, `-speed` (with several routes)
     and `-dense` (where dense attention was measured). `<name>` is the phase, followed by passes, mode, scope
     and B where they are not fwd, batched, module and 1, and by whatever else tells two shapes of these runs
-    apart. Runs that share a figure differ by their dashes. `keep` and `most`: see `make_panels`; what is
-    left out for the sake of reading goes line by line to `note`.
+    apart. A comparison has `compare` too. Runs that share a figure differ by their dashes. `keep` and `most`:
+    see `make_panels`; what is left out for the sake of reading goes line by line to `note`.
 
     PresentError, with nothing drawn, for a format other than png and svg, for no run, and when no cell is ok;
     also when a file cannot be written; DiskError where the disk is full.
@@ -56,7 +60,7 @@ def plot_run(
     unknown = [f for f in formats if f not in _WRITERS]
     if unknown or not formats:
         raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(_WRITERS)}")
-    panels, left_out = make_panels([run] if isinstance(run, Run) else list(run), keep, most)
+    panels, left_out = make_panels([run] if isinstance(run, RunCells) else list(run), keep, most)
     styles = route_styles(series.arm for panel in panels for series in panel.series)
     written: list[Path] = []
     with figure_style():
@@ -68,7 +72,26 @@ def plot_run(
                     written += [_save(figure, Path(out) / f"{panel.name}-{what}.{f}") for f in formats]
     for text in left_out:
         note(text)
+    for one in [run] if isinstance(run, RunCells) else run:
+        if "comparison" in one.info:
+            written += plot_comparison(findings_of(one.whole()), Path(out), formats)
     return written
+
+
+def plot_comparison(comparison: Comparison, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Draw every ratio of a comparison with its interval into the folder `out`; returns the files written.
+
+    None where there is no ratio to draw. The files are `compare.<format>`, or, of a comparison that is not
+    the only one in its folder, `compare-<run>.<format>`. Raises as `plot_run`.
+    """
+    with figure_style():
+        figure = forest_figure(comparison)
+        if figure is None:
+            return []
+        lay_out(figure)
+        alone = out.name == set_name([run.run_id for run in comparison.runs])
+        name = "compare" if alone else f"compare-{comparison.runs[0].run_id}"
+        return [_save(figure, Path(out) / f"{name}.{f}") for f in formats]
 
 
 def set_name(run_ids: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ class Policy:
     other layers evict it, and warm for all else. ``shares``, ``alone``: whether stages, and
     branches by themselves, are measured; ``share_runs``: steps in which stages are measured. ``timeout_s``:
     longest a cell may take, builds, checks and all of its rounds together; one that shows no progress for
-    half of it hangs.
+    half of it hangs. ``settle``: whether rounds wait, a few seconds at most, for a steady device.
     """
 
     rounds: int = 15
@@ -32,6 +32,7 @@ class Policy:
     alone: bool = True
     share_runs: int = 20
     timeout_s: float = 600.0
+    settle: bool = False
 
     def __post_init__(self) -> None:
         for name, words in (("timer", TIMERS), ("cache", CACHES)):

@@ -6,7 +6,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 from nsabench.measure import MeasureError, NvmlSampler, open_sampler
+from nsabench.measure.canary import canary, settle
 from nsabench.plan import Cell
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, refuse_wrong_cache
@@ -49,13 +51,17 @@ def measure_group(
     """
     workloads = _built(cells, sink)
     arms = [
-        Arm(cell, workloads[cell.impl], policy, clock, process) for cell in cells if cell.impl in workloads
+        Arm(cell, workloads[_built_as(cell)], policy, clock, process)
+        for cell in cells
+        if _built_as(cell) in workloads
     ]
     if not arms:
         return
     for arm in arms:
         sink.doing(f"checking {_name(arm)} against the specification")
         _guard(arm, arm.prepare, sink)
+    if policy.settle:
+        _settle(arms, sink)
     with open_sampler(cells[0].device, clock=clock) as sampler:
         began = clock()
         _rounds(arms, policy, sampler, sink, clock)
@@ -70,31 +76,50 @@ def measure_group(
         sink.done(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
 
 
-def _built(cells: Sequence[Cell], sink: Sink) -> dict[str, Workload]:
-    """What is to be timed for each implementation; one that cannot be built becomes rows."""
-    workloads: dict[str, Workload] = {}
-    impls = dict.fromkeys(cell.impl for cell in cells)
-    for impl in impls:
-        mine = [cell for cell in cells if cell.impl == impl]
+def _built(cells: Sequence[Cell], sink: Sink) -> dict[Cell, Workload]:
+    """What is to be timed, by `_built_as`; what cannot be built becomes rows."""
+    workloads: dict[Cell, Workload] = {}
+    kinds = dict.fromkeys(_built_as(cell) for cell in cells)
+    for kind in kinds:
+        mine = [cell for cell in cells if _built_as(cell) == kind]
         failed: Fields = {}
-        sink.mark(mine[0] if len(impls) > 1 else None)
+        sink.mark(mine[0] if len(kinds) > 1 else None)
         try:
             with _failures(failed):
                 _refuse_hopeless(mine[0])
                 workload = workload_for(mine[0])
                 refuse_wrong_cache(workload)
-                workloads[impl] = workload
+                workloads[kind] = workload
         except _Failed:
             for cell in mine:
                 sink.done({**cell.to_dict(), "cell_id": cell.cell_id, **failed})
     return workloads
 
 
+def _built_as(cell: Cell) -> Cell:
+    """Equal for the cells that share a workload: they differ in nothing but the route, or not at all."""
+    return replace(cell, route="auto", twin=0)
+
+
+def _settle(arms: Sequence[Arm], sink: Sink) -> None:
+    """Wait until the device takes the same time for the same work, and note how far it still does not."""
+    living = [arm for arm in arms if arm.fields["status"] == "ok"]
+    if not living:
+        return
+    sink.mark(None)
+    sink.doing("waiting for a steady device")
+    # Arms that leave no memory for the canary are measured all the same.
+    with suppress(torch.OutOfMemoryError):
+        spread = settle(canary(living[0].cell.device)).spread
+        for arm in living:
+            arm.fields["canary_spread_pct"] = 100 * spread
+
+
 def _rounds(
     arms: list[Arm], policy: Policy, sampler: NvmlSampler, sink: Sink, clock: Callable[[], float]
 ) -> None:
     """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
-    shuffle = random.Random(arms[0].cell.seed)
+    shuffle = random.Random(f"{arms[0].cell.seed} {arms[0].process}")
     said = -math.inf
     for number in range(policy.rounds):
         living = [arm for arm in arms if arm.fields["status"] == "ok"]

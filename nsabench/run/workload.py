@@ -356,10 +356,9 @@ def _storage_bytes(t: torch.Tensor) -> int:
 
 
 def least_bytes(cell: Cell) -> int:
-    """Bytes that a cell needs at the very least: the prompt and its projections, which decode makes too, to
+    """Bytes that a cell needs at the very least: the projections of its prompt, which decode makes too, to
     check its cache. For refusing the hopeless early.
     """
     keys = cell.groups * (cell.dk + cell.dv)
     projected = cell.heads * cell.dk + (3 * keys if cell.impl == "nsa" else keys)
-    tokens = cell.B * cell.S
-    return math.ceil(tokens * (cell.dim + projected) * ELEMENT_BYTES[cell.dtype])
+    return math.ceil(cell.B * cell.S * projected * ELEMENT_BYTES[cell.dtype])

@@ -15,6 +15,7 @@ from nsabench.stats.verdicts import (
     correct,
     geometric_mean,
     judge,
+    judge_unpaired,
     mean_ratio,
     noise_floor,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "correct",
     "geometric_mean",
     "judge",
+    "judge_unpaired",
     "mean_ratio",
     "median_interval",
     "noise_floor",

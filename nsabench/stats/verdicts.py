@@ -12,7 +12,15 @@ from typing import Literal
 
 import numpy as np
 
-from nsabench.stats.intervals import MIN_VALUES, Interval, StatsError, Values, paired_logs, paired_ratio
+from nsabench.stats.intervals import (
+    MIN_VALUES,
+    Interval,
+    StatsError,
+    Values,
+    paired_logs,
+    paired_ratio,
+    unpaired_ratio,
+)
 
 DELTA = 0.01
 """Smallest margin, as a fraction: the largest difference in time that counts as none."""
@@ -59,14 +67,33 @@ def judge(
     ran twice differs from itself by more than `delta`. StatsError for unequal lengths, no pairs, or a value
     that is not positive.
     """
-    if not (isinstance(delta, int | float) and 0 < delta < 1):
-        raise StatsError(f"delta is {delta}; it must be a fraction between 0 and 1, as 0.01 for 1 %")
+    _check_delta(delta)
     ratio = paired_ratio(b, a, confidence)
     own = None if aa is None else paired_ratio(aa[1], aa[0], confidence)
     margin = max(delta, noise_floor(own))
     verdict, why = _verdict(ratio, own, delta, margin)
     p_value = _signed_rank_p(b, a) if ratio.n >= MIN_VALUES else None
     return Judgement(verdict, ratio, mean_ratio(b, a, confidence), margin, own, p_value, why)
+
+
+def judge_unpaired(a: Values, b: Values, *, delta: float = DELTA, confidence: float = 0.95) -> Judgement:
+    """Judge times `b` of one session against times `a` of another, as `judge` does, by rank sums.
+
+    No arm ran in both, so there is no A/A interval: what changed between the sessions is taken for a
+    difference. Raises StatsError as `judge`.
+    """
+    _check_delta(delta)
+    ratio = unpaired_ratio(b, a, confidence)
+    verdict, why = _verdict(ratio, None, delta, delta)
+    if ratio.n < MIN_VALUES:
+        point = float(np.mean(np.log(b)) - np.mean(np.log(a)))
+        return Judgement(
+            verdict, ratio, Interval(math.exp(point), None, None, ratio.n), delta, None, None, why
+        )
+    from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
+
+    p_value = float(scipy_stats.mannwhitneyu(b, a).pvalue)
+    return Judgement(verdict, ratio, _welch(b, a, confidence), delta, None, p_value, why)
 
 
 def noise_floor(aa: Interval | None) -> float:
@@ -136,6 +163,28 @@ def correct(judgements: Sequence[Judgement], method: Literal["holm", "bh"]) -> l
     return found
 
 
+def _welch(b: Values, a: Values, confidence: float) -> Interval:
+    """Ratio of the geometric means of b and a, with Welch's t-interval of the logs."""
+    from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
+
+    logs = np.log(np.asarray(b, dtype=np.float64)), np.log(np.asarray(a, dtype=np.float64))
+    point = float(logs[0].mean() - logs[1].mean())
+    parts = [float(values.var(ddof=1)) / len(values) for values in logs]
+    reach = 0.0
+    if variance := sum(parts):
+        freedom = variance**2 / sum(
+            part**2 / (len(values) - 1) for part, values in zip(parts, logs, strict=True)
+        )
+        reach = float(scipy_stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+    n = min(map(len, logs))
+    return Interval(math.exp(point), math.exp(point - reach), math.exp(point + reach), n)
+
+
+def _check_delta(delta: float) -> None:
+    if not (isinstance(delta, int | float) and 0 < delta < 1):
+        raise StatsError(f"delta is {delta}; it must be a fraction between 0 and 1, as 0.01 for 1 %")
+
+
 def _verdict(ratio: Interval, aa: Interval | None, delta: float, margin: float) -> tuple[Verdict, str]:
     if aa is not None and _beyond(aa, delta):
         return "INVALID", f"an arm timed twice differs from itself by {_percent(aa.point)}"
@@ -164,7 +213,8 @@ def _beyond(interval: Interval, delta: float) -> bool:
 
 
 def _percent(ratio: float) -> str:
-    return f"{100 * (ratio - 1):+.2g} %"
+    percent = 100 * (ratio - 1)
+    return f"{percent:+.0f} %" if abs(percent) >= 100 else f"{percent:+.2g} %"
 
 
 def _signed_rank_p(a: Values, b: Values) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nsabench.store.files import StoreError, disk_error
 from nsabench.store.journal import RUN_FILE, read_info, read_journal
-from nsabench.store.schema import CELL_COLUMNS, TABLES, Column, clean_row, columns_of, upgraded
+from nsabench.store.schema import CELL_COLUMNS, TABLES, Column, clean_value, columns_of, upgraded
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,10 @@ class RunCells:
         """run.json of each run that measured: of a merged run several, without plans; else its own."""
         return list(self.info.get("sources") or [self.info])
 
+    def whole(self) -> "Run":
+        """The same run with all its files, read now; this very one if it has them."""
+        return load_run(self.path)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Run(RunCells):
@@ -53,6 +57,9 @@ class Run(RunCells):
     samples: "pd.DataFrame"
     telemetry: "pd.DataFrame"
     kernels: "pd.DataFrame"
+
+    def whole(self) -> "Run":
+        return self
 
     def parts(self) -> list["Run"]:
         """The runs that a merged run was made from, each with its own rows; else this run alone."""
@@ -71,9 +78,20 @@ class Run(RunCells):
 
 def frame_rows(frame: "pd.DataFrame", columns: Sequence[Column] = CELL_COLUMNS) -> list[dict[str, Any]]:
     """The rows of a frame as plain dicts with every one of the columns and no other."""
-    names = [c.name for c in columns if c.name in frame]
-    values = zip(*(frame[name].tolist() for name in names), strict=True)
-    return [clean_row(dict(zip(names, row, strict=True)), columns) for row in values]
+    names = [c.name for c in columns]
+    missing = {c.name: [clean_value(c, None)] * len(frame) for c in columns if c.name not in frame}
+    values = [missing.get(c.name) or _plain(c, frame[c.name]) for c in columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _plain(column: Column, series: "pd.Series[Any]") -> list[Any]:
+    """The values as `clean_row` has them; whole columns at once where their type allows."""
+    values = series.tolist()
+    if column.kind == "int" and series.dtype == "int64":
+        return values
+    if column.kind == "float" and series.dtype == "float64":
+        return [value if value == value else None for value in values]
+    return [clean_value(column, value) for value in values]
 
 
 def find_runs(path: Path | str) -> list[Path]:

@@ -73,13 +73,14 @@ class RunDir:
         seed: int,
         tags: Sequence[str] = (),
         suite: dict[str, Any] | None = None,
+        comparison: dict[str, Any] | None = None,
     ) -> "RunDir":
         """A new run in a new folder of `root`, named after UTC time, `name` and the commit in `environment`.
 
         `tags` are words to find the run by, repeated ones kept once; `suite` is the suite it came from, as
-        resolved. The folder appears whole or not at all. StoreError where `root` cannot be written, or `name`
-        cannot name a folder or a tag is no word, DiskError where the disk is full; either leaves nothing
-        behind.
+        resolved; `comparison` says which cells were held against each other, and how. The folder appears
+        whole or not at all. StoreError where `root` cannot be written, or `name` cannot name a folder or a
+        tag is no word, DiskError where the disk is full; either leaves nothing behind.
         """
         if not _NAME.fullmatch(name):
             raise StoreError(f"run name {name!r} is not usable; allowed: letters, digits and _.-, up to 64")
@@ -95,6 +96,7 @@ class RunDir:
             "seed": seed,
             "tags": list(dict.fromkeys(tags)),
             "suite": suite,
+            **({} if comparison is None else {"comparison": comparison}),
             "policy": policy,
             "environment": environment,
             "plan": plan,

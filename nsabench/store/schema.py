@@ -153,6 +153,7 @@ _VALIDITY = (
     _float("host_bound", "1", "host time over device time: how launch-bound eager use is"),
     _float("power_capped_pct", "%", "part of the readings under a power cap"),
     _float("clock_spread_pct", "%", "spread of the SM clock over its median"),
+    _float("canary_spread_pct", "%", "spread of fixed work timed before the rounds; up to 1 is steady"),
     _float("aa_lo", "1", "lower end of the same arm measured twice, as a ratio; 1 is no difference"),
     _float("aa_hi", "1", "upper end of the same arm measured twice, as a ratio; 1 is no difference"),
 )
@@ -206,7 +207,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "kernels.csv": KERNEL_COLUMNS,
 }
 
-_SINCE = {"scope": 2, "twin": 2}
+_SINCE = {"scope": 2, "twin": 2, "canary_spread_pct": 2}
 _BEFORE: dict[str, str | int] = {"scope": "module", "twin": 0}
 
 
@@ -252,7 +253,7 @@ def clean_row(row: Mapping[str, Any], columns: Iterable[Column]) -> dict[str, An
     unknown = set(row) - {c.name for c in columns}
     if unknown:
         raise SchemaError(_unknown(unknown, [c.name for c in columns]))
-    return {c.name: _clean(c, row.get(c.name)) for c in columns}
+    return {c.name: clean_value(c, row.get(c.name)) for c in columns}
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -277,7 +278,8 @@ def without_performance(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in PERFORMANCE_COLUMNS}
 
 
-def _clean(column: Column, value: Any) -> str | int | float | None:
+def clean_value(column: Column, value: Any) -> str | int | float | None:
+    """One value of `clean_row`."""
     # The values of nearly every row first: a store of thousands of cells passes here a million times.
     if value is None:
         return "" if column.kind == "str" else None

@@ -27,11 +27,11 @@ def test_no_argument_shows_the_commands(call: Call) -> None:
     done = call()
     assert done.code == 2
     shown = done.out + done.err
-    for name in ("decode", "prefill", "resume", "plot", "routes", "doctor", "suite"):
+    for name in ("decode", "prefill", "compare", "resume", "plot", "routes", "doctor", "suite"):
         assert f" {name} " in shown
 
 
-COMMANDS = ["decode", "prefill", "resume", "plot", "routes", "doctor", "suite"]
+COMMANDS = ["decode", "prefill", "compare", "resume", "plot", "routes", "doctor", "suite"]
 COMMANDS += [f"suite {name}" for name in ("list", "show", "schema", "run")]
 
 

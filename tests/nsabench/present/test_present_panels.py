@@ -15,7 +15,7 @@ from nsabench.present.frame import PresentError
 from nsabench.present.panels import MOST_LINES, MOST_RUNS, make_panels
 from nsabench.present.plots import plot_run, set_name
 from nsabench.present.style import figure_style, route_styles
-from nsabench.store import Run
+from nsabench.store import Run, RunCells
 
 MakeRun = Callable[..., Run]
 
@@ -125,6 +125,14 @@ def test_shares_of_many_series_are_those_of_the_latest_run(make_run: MakeRun) ->
     assert figure.texts[0].get_text().endswith("in 0000003")
 
 
+def test_shares_of_too_many_routes_say_how_many_they_are(make_run: MakeRun) -> None:
+    (panel,), _ = make_panels([make_run(routes=[f"sel=r{i}" for i in range(9)])])
+    figure = shares_figure(panel, {})
+    assert figure is not None
+    assert len([axes for axes in figure.axes if axes.get_title()]) == 6
+    assert figure.texts[0].get_text().endswith("in the time of one step, 6 of 9 routes")
+
+
 def test_a_merged_run_is_drawn_as_its_sources(make_run: MakeRun) -> None:
     first, second = make_run(run_id="a"), make_run(run_id="b", commit="b" * 40)
     second.info["environment"]["cpu"] = {"model": "Another (C) CPU"}
@@ -149,3 +157,51 @@ def test_a_set_of_runs_has_a_folder_name_that_fits() -> None:
     assert set_name(ids).startswith(f"{ids[0]}+59-")
     assert len(set_name(ids)) < 100
     assert set_name(ids) != set_name([*ids[:-1], "other"])
+
+
+def test_the_legend_of_several_runs_names_each_route_and_each_run_once(make_run: MakeRun) -> None:
+    runs = many(make_run, 4, routes=ROUTES, failed={("sdpa", 1024): ("oom", "x")})
+    (panel,), _ = make_panels(runs)
+    figure = time_figure(panel, route_styles(ROUTES))
+    assert figure is not None
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    names = ["0000000", "0000001", "0000002", "0000003"]
+    assert texts == [*ROUTES, *names, *(f"sdpa @ {name}: oom at 1k" for name in names)]
+    dashes = [handle.get_linestyle() for handle in figure.legends[0].legend_handles[3:7]]
+    assert len(set(dashes)) == 4
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4])
+@pytest.mark.parametrize(
+    "routes", [ROUTES, tuple(f"cmp=sdpa,score=sdpa,sel=gather:r{i},win=sdpa" for i in range(12))]
+)
+def test_a_legend_takes_no_room_from_the_axes_and_fits_the_figure(
+    make_run: MakeRun, runs: int, routes: tuple[str, ...]
+) -> None:
+    failed = {(route, 1024): ("oom", "x") for route in routes}
+    (panel,), _ = make_panels(many(make_run, runs, routes=routes, failed=failed))
+    figure = time_figure(panel, route_styles(routes))
+    assert figure is not None
+    figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= width
+    assert figure.axes[0].get_window_extent().height > 2.3 * figure.dpi
+    assert height < 12 * figure.dpi
+
+
+def test_samples_of_runs_that_are_not_drawn_are_not_read(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {run.run_id: run for run in many(make_run, 7, routes=("auto", "sdpa"))}
+    read: list[str] = []
+
+    def whole(cells: RunCells) -> Run:
+        read.append(cells.run_id)
+        return runs[cells.run_id]
+
+    monkeypatch.setattr(RunCells, "whole", whole)
+    (panel,), _ = make_panels([RunCells(info=r.info, cells=r.cells, path=r.path) for r in runs.values()])
+    assert sorted(read) == ["run-03", "run-04", "run-05", "run-06"]
+    assert any(cell.speed and cell.speed.lo for series in panel.series for cell in series.cells)

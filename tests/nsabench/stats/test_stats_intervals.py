@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nsabench.stats import Interval, StatsError, median_interval, paired_ratio, unpaired_ratio
+from nsabench.stats import Interval, StatsError, median_interval, paired_ratio, paired_ratios, unpaired_ratio
 
 POSITIVE = st.floats(1e-6, 1e6)
 
@@ -177,6 +177,24 @@ def test_values_without_a_statistic_are_refused(values: list[float], message: st
         paired_ratio(values, values)
     with pytest.raises(StatsError, match=f"^b .*{message}"):
         paired_ratio([1.0], values)
+
+
+@given(
+    st.lists(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=12), max_size=8),
+    st.sampled_from([0.8, 0.95, 0.99]),
+)
+def test_many_ratios_are_those_of_each_pair_alone(
+    pairs: list[list[tuple[float, float]]], confidence: float
+) -> None:
+    arrays = [tuple(np.array(side) for side in zip(*pair, strict=True)) for pair in pairs]
+    alone = [paired_ratio(a, b, confidence) for a, b in arrays]
+    assert paired_ratios([(a, b) for a, b in arrays], confidence) == alone
+
+
+def test_one_bad_pair_of_many_is_refused() -> None:
+    with pytest.raises(StatsError, match=r"b holds 0.0"):
+        paired_ratios([([1.0], [1.0]), ([1.0], [0.0])])
+    assert paired_ratios([]) == []
 
 
 def test_pairs_must_match_and_confidence_must_be_a_probability() -> None:

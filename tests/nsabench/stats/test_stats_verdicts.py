@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from nsabench.stats import (
     VERDICTS,
@@ -16,10 +17,11 @@ from nsabench.stats import (
     correct,
     geometric_mean,
     judge,
+    judge_unpaired,
     mean_ratio,
     noise_floor,
 )
-from nsabench.stats.intervals import Interval, paired_ratio
+from nsabench.stats.intervals import Interval, paired_ratio, unpaired_ratio
 
 RANDOM = np.random.default_rng(7)
 BASE = np.exp(RANDOM.normal(0, 0.002, 30))
@@ -174,3 +176,38 @@ def test_a_correction_never_flatters(p_values: list[float]) -> None:
         found = correct([judged(p) for p in p_values], method)  # type: ignore[arg-type]
         assert all(j.p_value >= p for j, p in zip(found, p_values, strict=True))  # type: ignore[operator]
         assert all(j.p_value <= 1 for j in found)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [(1.05, "SLOWER"), (0.95, "FASTER"), (1.0, "SAME"), (1.0095, "INCONCLUSIVE")]
+)
+def test_times_of_two_sessions_are_judged_by_rank_sums(ratio: float, verdict: str) -> None:
+    other = BASE[:20] * ratio
+    found = judge_unpaired(BASE, other)
+    assert found.verdict == verdict, found
+    assert found.ratio == unpaired_ratio(other, BASE)
+    assert (found.delta, found.aa) == (0.01, None)
+    assert found.p_value == pytest.approx(scipy_stats.mannwhitneyu(other, BASE).pvalue)
+    welch = scipy_stats.ttest_ind(np.log(other), np.log(BASE), equal_var=False).confidence_interval(0.95)
+    assert (found.mean.lo, found.mean.hi) == pytest.approx((math.exp(welch.low), math.exp(welch.high)))
+    assert found.mean.point == pytest.approx(math.exp(np.mean(np.log(other)) - np.mean(np.log(BASE))))
+
+
+def test_two_sessions_with_too_few_rounds_or_equal_times() -> None:
+    few = judge_unpaired(BASE[:5], BASE * 2)
+    assert (few.verdict, few.p_value, few.mean.lo) == ("INCONCLUSIVE", None, None)
+    assert few.why == "5 rounds give no interval; 6 do"
+    same = judge_unpaired([2.0] * 8, [2.0] * 8)
+    assert (same.verdict, same.p_value) == ("SAME", 1.0)
+    assert same.mean == Interval(1.0, 1.0, 1.0, 8)
+
+
+def test_two_sessions_need_a_margin_and_positive_times() -> None:
+    with pytest.raises(StatsError, match="delta is 0"):
+        judge_unpaired(BASE, BASE, delta=0)
+    with pytest.raises(StatsError, match="positive"):
+        judge_unpaired(BASE, [*BASE, -1.0])
+
+
+def test_large_differences_are_told_in_whole_percents() -> None:
+    assert judge_unpaired(BASE, BASE * 3).why.startswith("+200 % in time")

@@ -40,7 +40,7 @@ DOCUMENTED = {
         kv_cache_win_bytes nvml_used_bytes
         power_w energy_j temp_c sm_clock_mhz mem_clock_mhz util_pct throttle_reasons
         max_abs_err rel_err err_budget selection_overlap host_bound power_capped_pct clock_spread_pct
-        aa_lo aa_hi
+        canary_spread_pct aa_lo aa_hi
     """,
     "samples.csv": "run_id cell_id process round position variant iters ms t_s",
     "telemetry.csv": """

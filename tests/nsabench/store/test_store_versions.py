@@ -16,7 +16,7 @@ from nsabench.store.schema import CELL_COLUMNS, SCHEMA_VERSION, TABLES, columns_
 Create = Callable[..., RunDir]
 Make = Callable[[int], Any]
 
-LATER = {"scope": "module", "twin": 0}
+LATER = {"scope": "module", "twin": 0, "canary_spread_pct": None}
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -151,6 +151,17 @@ def test_cells_can_be_read_without_the_rest(create_run: Create, make_cell: Make)
     )
     assert cells.sources == [whole.info]
     assert whole.parts() == [whole]
+    assert whole.whole() is whole
+
+
+def test_the_rest_of_a_run_is_read_when_it_is_wanted(create_run: Create, make_cell: Make) -> None:
+    run = create_run()
+    run.append(*make_cell(1))
+    cells = load_cells(run.path)
+    run.append(*make_cell(2))
+    whole = cells.whole()
+    assert list(whole.cells["S"]) == [2, 4]
+    assert len(whole.samples) == 6
 
 
 def test_runs_are_found_by_name_order_and_nothing_else(create_run: Create, root: Path) -> None:
