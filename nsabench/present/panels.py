@@ -112,16 +112,14 @@ def _places(runs: Sequence[RunCells], keep: Keep | None) -> pd.DataFrame:
     frames = []
     for number, run in enumerate(runs):
         cells = run.cells.reset_index(drop=True)
-        # A twin shows how much two measurements of one cell differ; as a line it would hide the first.
-        first = ~(cells["twin"] > 0)
-        chosen = cells[first & keep(cells)] if keep else cells[first]
-        machines = {device: machine_of(run.info, str(device)) for device in chosen["device"].unique()}
-        frames.append(
-            chosen[[*_SPLIT, "S", "status"]].assign(
-                run=number, row=chosen.index, machine=chosen["device"].map(machines)
-            )
-        )
-    return pd.concat(frames, ignore_index=True)
+        chosen = cells[keep(cells)] if keep else cells
+        frames.append(chosen[[*_SPLIT, "S", "status"]].assign(run=number, row=chosen.index))
+    frame = pd.concat(frames, ignore_index=True)
+    # A twin shows how much two measurements of one cell differ; as a line it would hide the first.
+    frame = frame[~(frame["twin"] > 0)].reset_index(drop=True)
+    measured_on = list(zip(frame["run"], frame["device"].astype(str), strict=True))
+    machines = {key: machine_of(runs[key[0]].info, key[1]) for key in dict.fromkeys(measured_on)}
+    return frame.assign(machine=[machines[key] for key in measured_on])
 
 
 def _groups(frame: pd.DataFrame, runs: Sequence[RunCells]) -> list[_Group]:

@@ -25,7 +25,9 @@ _FIGURES: dict[str, Callable[[Panel, Mapping[str, RouteStyle]], Figure | None]] 
     "dense": dense_figure,
 }
 _WRITERS: dict[str, Callable[[Figure, Path], None]] = {
-    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(path, metadata={"Software": "nsabench"}),
+    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(
+        path, metadata={"Software": "nsabench"}, pil_kwargs={"compress_level": 2}
+    ),
     "svg": lambda figure, path: FigureCanvasSVG(figure).print_svg(
         path, metadata={"Creator": "nsabench", "Date": None}
     ),
