@@ -64,6 +64,9 @@ def _plan_of(stored: Run) -> tuple[list[Cell], Policy]:
 
     if "comparison" in stored.info:
         raise StoreError(f"{stored.path} is a comparison, which is never resumed: measure it anew")
+    if "sources" in stored.info:
+        merged = len(stored.info["sources"])
+        raise StoreError(f"{stored.path} is merged from {merged} runs; continue those, then merge")
     try:
         cells = [Cell.from_dict(fields) for fields in stored.info["plan"]]
         return cells, Policy.from_dict(stored.info["policy"])

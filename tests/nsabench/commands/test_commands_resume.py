@@ -269,3 +269,14 @@ def test_a_folder_of_something_else_is_refused(call: Call, folder: Path) -> None
     assert done.code == 2
     assert done.err.endswith("is not a run: run.json is not nsabench's\n")
     assert files(folder) == before
+
+
+def test_a_merged_run_is_not_continued(call: Call, interrupted: Run) -> None:
+    other = shutil.copytree(interrupted.path, Path("other"))
+    done = call("merge", str(interrupted.path), str(other), "--across", "--out", "merged")
+    assert done.code == 0, done.err
+    (merged,) = Path("merged").iterdir()
+    done = call("resume", str(merged))
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith(f"nsabench: {merged} is merged from ")
+    assert done.err.endswith("continue those, then merge\n")
