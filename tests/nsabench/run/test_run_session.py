@@ -259,7 +259,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(
     run_plan([cell], quick, run, Watcher())
     row = run.finished[cell.cell_id]
     assert row["status"] == "oom"
-    gib = 2**40 * (16 + 10 * 8 + 6 * 4) * 4 / 2**30
+    gib = 2**40 * (10 * 8 + 6 * 4) * 4 / 2**30
     assert row["reason"].startswith(f"needs at least {gib:.1f} GiB, ")
 
 
