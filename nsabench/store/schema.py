@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from numbers import Real
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ class SchemaError(ValueError):
     """A row that does not fit the schema."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each exists once: rows by the thousand look up its table
 class Column:
     """One column. `unit` is "1" for a plain number and "text" for words."""
 
@@ -249,11 +250,21 @@ def clean_row(row: Mapping[str, Any], columns: Iterable[Column]) -> dict[str, An
     Accepts NumPy scalars. Line breaks and other control characters in text become one space; an int
     fits int64. SchemaError for an unknown column or a value of the wrong kind.
     """
-    columns = tuple(columns)
-    unknown = set(row) - {c.name for c in columns}
-    if unknown:
-        raise SchemaError(_unknown(unknown, [c.name for c in columns]))
-    return {c.name: clean_value(c, row.get(c.name)) for c in columns}
+    known, clean = _layout(tuple(columns))
+    clean = clean.copy()
+    try:
+        # Only what the row holds: half of a stored row is missing.
+        for name, value in row.items():
+            clean[name] = clean_value(known[name], value)
+    except KeyError:
+        raise SchemaError(_unknown(set(row) - set(known), list(known))) from None
+    return clean
+
+
+@cache
+def _layout(columns: tuple[Column, ...]) -> tuple[dict[str, Column], dict[str, Any]]:
+    """The columns by name, and a row in which all of them are missing."""
+    return {c.name: c for c in columns}, {c.name: "" if c.kind == "str" else None for c in columns}
 
 
 def check_row(row: Mapping[str, Any]) -> None:
