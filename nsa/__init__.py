@@ -6,7 +6,7 @@ from nsa.config import NSAConfig
 from nsa.module import NativeSparseAttention
 from nsa.reference import compressed_attention, select_blocks, selected_attention, sliding_attention
 from nsa.routes import Routing, UnsupportedRoute
-from nsa.stages import stage_hook
+from nsa.stages import selection_hook, stage_hook
 
 __all__ = [
     "KVCache",
@@ -18,6 +18,7 @@ __all__ = [
     "nsa_attention",
     "select_blocks",
     "selected_attention",
+    "selection_hook",
     "sliding_attention",
     "stage_hook",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.routes import Request, Routing, resolve
-from nsa.stages import stage
+from nsa.stages import settled_blocks, stage
 
 
 def nsa_attention(
@@ -23,6 +24,7 @@ def nsa_attention(
     routing: str | Routing = "auto",
     q_start: int | torch.Tensor = 0,
     win_start: int = 0,
+    block_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Native Sparse Attention of queries over compressed, selected and sliding keys (eq. 5).
 
@@ -35,6 +37,8 @@ def nsa_attention(
         routing: which backend computes each branch; a branch that is ``off`` does no work and adds nothing.
         q_start: absolute position of ``q[:, 0]``, an int or ``(B,)``.
         win_start: absolute position of ``k_win[:, 0]``; at most ``max(0, q_start - w + 1)``.
+        block_indices: ``(B,T,H,n)`` int32, the blocks to attend where they are known already: no scores are
+            computed. As :func:`nsa.select_blocks` gives them; -1 is an empty slot. They get no gradient.
 
     Returns:
         ``o (B,T,HQ,DV)``, the gated sum, in q's dtype.
@@ -44,6 +48,8 @@ def nsa_attention(
         UnsupportedRoute: a named backend cannot run here, with the reason of each row.
     """
     _check_shapes(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, config)
+    if block_indices is not None:
+        _check_blocks(block_indices, q, k_sel, config)
     grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (q, k_cmp, k_sel, k_win, v_cmp, v_sel, v_win)
     )
@@ -61,10 +67,13 @@ def nsa_attention(
         with stage("cmp"):
             parts.append((0, route.cmp(q, k_cmp, v_cmp, config, q_start=q_start)[0]))
     if route.sel is not None and route.score is not None:
-        with stage("score"):
-            chosen = route.score(q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1])
+        blocks = block_indices
+        if blocks is None:
+            with stage("score"):
+                blocks = route.score(q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1])
+        blocks = settled_blocks(blocks, q_start)
         with stage("sel"):
-            parts.append((1, route.sel(q, k_sel, v_sel, chosen, config, q_start=q_start)[0]))
+            parts.append((1, route.sel(q, k_sel, v_sel, blocks, config, q_start=q_start)[0]))
     if route.win is not None:
         with stage("win"):
             parts.append((2, route.win(q, k_win, v_win, config, q_start=q_start - win_start)[0]))
@@ -103,3 +112,16 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_blocks(blocks: torch.Tensor, q: torch.Tensor, k_sel: torch.Tensor, config: NSAConfig) -> None:
+    """Shape, dtype and device; on a CPU also that the blocks exist, which costs a GPU a synchronisation."""
+    shape = (*q.shape[:2], config.num_kv_heads, config.num_selected_blocks)
+    if blocks.shape != shape:
+        raise ValueError(f"block_indices must be {shape}, got {tuple(blocks.shape)}")
+    if blocks.dtype != torch.int32 or blocks.device != q.device:
+        got = f"{blocks.dtype} on {blocks.device}"
+        raise ValueError(f"block_indices must be torch.int32 on {q.device}, got {got}")
+    count = num_selection_blocks(k_sel.shape[1], config)
+    if blocks.device.type == "cpu" and blocks.numel() and int(blocks.max()) >= count:
+        raise ValueError(f"block_indices must be below {count}, got {int(blocks.max())}")

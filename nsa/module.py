@@ -87,6 +87,7 @@ class NativeSparseAttention(nn.Module):
         routing: str | Routing = "auto",
         *,
         cu_seqlens: torch.Tensor | None = None,
+        block_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``x (B,T,dim) -> y (B,T,dim)``.
 
@@ -97,6 +98,8 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens: packed sequences, ``(num_sequences + 1,)`` integers from 0 to T; needs ``B = 1`` and
             no cache.
                 The result is what each sequence gives on its own.
+            block_indices: the blocks that these T tokens attend, as :func:`nsa.nsa_attention` takes them; by
+                default the scores choose. Of packed sequences, each counts its own blocks from 0.
 
         Raises:
             ValueError: shapes that do not fit, a full cache, a cache of another layer's configuration.
@@ -105,11 +108,11 @@ class NativeSparseAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, {self.dim}), got {tuple(x.shape)}")
         if cu_seqlens is not None:
-            return self._packed(x, cache, routing, cu_seqlens)
+            return self._packed(x, cache, routing, cu_seqlens, block_indices)
         if x.shape[0] == 0 or x.shape[1] == 0:
             return x.new_zeros(x.shape)
         inputs = self.attention_inputs(x, cache)
-        o = nsa_attention(**inputs, config=self.config, routing=routing)
+        o = nsa_attention(**inputs, config=self.config, routing=routing, block_indices=block_indices)
         with stage("proj"):
             y: torch.Tensor = self.out(o.flatten(2))
         return y
@@ -201,7 +204,12 @@ class NativeSparseAttention(nn.Module):
         return tables[0], tables[1]
 
     def _packed(
-        self, x: torch.Tensor, cache: KVCache | None, routing: str | Routing, cu_seqlens: torch.Tensor
+        self,
+        x: torch.Tensor,
+        cache: KVCache | None,
+        routing: str | Routing,
+        cu_seqlens: torch.Tensor,
+        blocks: torch.Tensor | None,
     ) -> torch.Tensor:
         bounds = cu_seqlens.tolist()
         ascending = all(a <= b for a, b in pairwise(bounds))
@@ -209,7 +217,13 @@ class NativeSparseAttention(nn.Module):
             raise ValueError(f"cu_seqlens needs B = 1 and no cache, got B = {x.shape[0]}")
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or not ascending:
             raise ValueError(f"cu_seqlens must ascend from 0 to {x.shape[1]}, got {bounds}")
-        parts = [self(x[:, a:b], None, routing) for a, b in pairwise(bounds)]
+        lists = (*x.shape[:2], self.config.num_kv_heads, self.config.num_selected_blocks)
+        if blocks is not None and blocks.shape != lists:
+            raise ValueError(f"block_indices must be {lists}, got {tuple(blocks.shape)}")
+        parts = [
+            self(x[:, a:b], None, routing, block_indices=None if blocks is None else blocks[:, a:b])
+            for a, b in pairwise(bounds)
+        ]
         return torch.cat(parts, 1)
 
     def _check_cache(self, x: torch.Tensor, cache: KVCache) -> None:

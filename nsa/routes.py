@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from importlib import import_module
+from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -79,7 +81,7 @@ class Row:
 @cache
 def _load(target: str) -> Callable[..., Any]:
     module, name = target.split(":")
-    fn: Callable[..., Any] = getattr(import_module(module), name)
+    fn: Callable[..., Any] = attrgetter(name)(import_module(module))
     return fn
 
 
@@ -104,10 +106,11 @@ def _on_cpu(request: Request) -> str | None:
 
 
 _DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_FLASH_LIBRARY = "nsa.backends.flash:provider"
+_FLASH = "nsa.backends.flash"
 
 
-def _flash(request: Request) -> str | None:
+def _flash_takes(request: Request, generation: str) -> str | None:
+    """Why no GPU would run it, or this torch or installation does not."""
     if request.device != "cuda":
         return f"needs a CUDA GPU, got {request.device}"
     if request.dtype not in (torch.float16, torch.bfloat16):
@@ -117,13 +120,40 @@ def _flash(request: Request) -> str | None:
         return f"head_dim at most 256, got {dim}"
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU, got ROCm"
-    if _load(_FLASH_LIBRARY)() is None:
-        install = "pip install 'nsabench[flash-attn]'"
-        return f"neither flash_attn nor a torch with FlashAttention is installed: {install}"
+    missing: str | None = _load(f"{_FLASH}:{generation.upper()}.missing")()
+    return missing
+
+
+def _fa2_takes(request: Request) -> str | None:
+    return _flash_takes(request, "fa2") or _compute_capability((8, 0))
+
+
+def _fa3_takes(request: Request) -> str | None:
+    return _flash_takes(request, "fa3") or _gpu_of("FlashAttention 3", {9: "Hopper (sm_90)"})
+
+
+def _fa4_takes(request: Request) -> str | None:
+    why = _flash_takes(request, "fa4") or _gpu_of(
+        "FlashAttention 4", {9: "Hopper (sm_90)", 10: "Blackwell (sm_100)"}
+    )
+    if why is not None:
+        return why
+    dims = request.config.head_dim, request.config.v_dim
+    if torch.cuda.get_device_capability()[0] == 9:
+        if max(dims) > 192 and request.needs_grad:
+            return f"head_dim at most 192 on sm_90 with a backward, got {max(dims)}"
+        return None
+    if max(dims) <= 128 or dims == (192, 128):
+        return None
+    return f"head dims at most 128, or 192 with 128 for values, on sm_100, got {dims[0]} and {dims[1]}"
+
+
+def _gpu_of(library: str, generations: dict[int, str]) -> str | None:
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, torch sees none"
     major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"needs compute capability 8.0, got {major}.{minor}"
+    wanted = " or ".join(generations.values())
+    return None if major in generations else f"{library} runs on {wanted}, got sm_{major}{minor}"
 
 
 _CPP_LIBRARY = "nsa.backends._cpp_library"
@@ -136,6 +166,40 @@ def _cpp(request: Request) -> str | None:
         return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
     why: str | None = _load(f"{_CPP_LIBRARY}:why_not")()
     return why
+
+
+def _flex(request: Request) -> str | None:
+    if request.device == "cpu":
+        return "torch's compiled kernel returns no lse on a CPU; flex:eager does, without a kernel"
+    if request.device != "cuda":
+        return f"runs on cuda, got {request.device}"
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
+    dim = min(request.config.head_dim, request.config.v_dim)
+    if dim < 16:
+        return f"head_dim at least 16, got {dim}"
+    if find_spec("triton") is None:
+        return "FlexAttention compiles to Triton, which is not installed: pip install triton"
+    return _compute_capability((7, 0))
+
+
+def _compute_capability(least: tuple[int, int]) -> str | None:
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU, torch sees none"
+    found = torch.cuda.get_device_capability()
+    return None if found >= least else "needs compute capability {}.{}, got {}.{}".format(*least, *found)
+
+
+def _flex_eager(request: Request) -> str | None:
+    return None if request.device in ("cpu", "cuda") else f"runs on cpu and cuda, got {request.device}"
+
+
+def _flex_by_name(request: Request) -> str | None:
+    return "a general kernel, compiled at its first call, or unfused: chosen only by name"
+
+
+def _newer_by_name(request: Request) -> str | None:
+    return "not yet run by this project on a GPU: chosen only by name"
 
 
 def _varlen_by_name(request: Request) -> str | None:
@@ -164,11 +228,33 @@ def _row(branch: str, backend: str, module: str, refuse: Callable[[Request], str
     return Row(branch, backend, f"nsa.{module}:{FUNCTIONS[branch]}", refuse, **more)
 
 
+def _flash_row(
+    generation: str, branch: str, refuse: Callable[[Request], str | None], variant: str = "", **more: Any
+) -> Row:
+    flash = f"{_FLASH}:{generation.upper()}"
+    target = f"{flash}.{FUNCTIONS[branch]}" + ("_varlen" if variant else "")
+    more = {"where": "cuda: fp16, bf16", "library": f"{flash}.provider"} | more
+    return Row(branch, f"{generation}{variant}", target, refuse, **more)
+
+
 def _fa2(branch: str, variant: str = "", **more: Any) -> Row:
-    target = f"nsa.backends.flash:{FUNCTIONS[branch]}" + ("_varlen" if variant else "")
-    return Row(
-        branch, f"fa2{variant}", target, _flash, where="cuda: fp16, bf16", library=_FLASH_LIBRARY, **more
+    return _flash_row("fa2", branch, _fa2_takes, variant, **more)
+
+
+def _newer(branch: str) -> tuple[Row, Row]:
+    """FlashAttention 3 and 4."""
+    hopper, blackwell = "cuda sm_90: fp16, bf16", "cuda sm_90, sm_100: fp16, bf16"
+    return (
+        _flash_row("fa3", branch, _fa3_takes, avoid=_newer_by_name, where=hopper),
+        _flash_row("fa4", branch, _fa4_takes, avoid=_newer_by_name, where=blackwell),
     )
+
+
+def _flex_rows(branch: str) -> tuple[Row, Row]:
+    module, name = "nsa.backends.flex", FUNCTIONS[branch]
+    fused = Row(branch, "flex", f"{module}:COMPILED.{name}", _flex, _flex_by_name, "cuda: fp32, fp16, bf16")
+    unfused = f"{module}:EAGER.{name}"
+    return fused, Row(branch, "flex:eager", unfused, _flex_eager, _flex_by_name)
 
 
 def _compiled(branch: str) -> Row:
@@ -190,8 +276,10 @@ def _passes(branch: str) -> tuple[str, ...]:
 TABLE: tuple[Row, ...] = (
     _fa2("cmp"),
     _fa2("cmp", ":varlen", avoid=_varlen_by_name),
+    *_newer("cmp"),
     _compiled("cmp"),
     _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
+    *_flex_rows("cmp"),
     _compiled("score"),
     _row("score", "chunked", "backends.chunked", _runs_anywhere, passes=("fwd",)),
     _compiled("sel"),
@@ -213,10 +301,14 @@ TABLE: tuple[Row, ...] = (
         where="cpu",
     ),
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
+    *_newer("sel"),
+    *_flex_rows("sel"),
     _fa2("win"),
     _fa2("win", ":varlen", avoid=_varlen_by_name),
+    *_newer("win"),
     _compiled("win"),
     _row("win", "sdpa", "backends.sdpa", _fused_sdpa),
+    *_flex_rows("win"),
     *(
         _row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto, passes=_passes(branch))
         for branch in BRANCHES

@@ -15,6 +15,7 @@ from nsabench.commands.doctor import doctor
 from nsabench.commands.merge import merge
 from nsabench.commands.plot import plot
 from nsabench.commands.prefill import prefill
+from nsabench.commands.profile import profile
 from nsabench.commands.results import results
 from nsabench.commands.resume import resume
 from nsabench.commands.routes import routes
@@ -45,7 +46,18 @@ def _root(
 ) -> None: ...
 
 
-for command in (flat(decode), flat(prefill), flat(compare), resume, results, merge, plot, routes, doctor):
+for command in (
+    flat(decode),
+    flat(prefill),
+    flat(compare),
+    flat(profile),
+    resume,
+    results,
+    merge,
+    plot,
+    routes,
+    doctor,
+):
     app.command()(command)
 app.add_typer(suite)
 

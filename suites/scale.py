@@ -57,18 +57,19 @@ from rich.console import Console
 
 from nsabench.present.catalog import collect, runs_table, summarise
 from nsabench.present.export import export_cells
-from nsabench.present.plots import plot_run
+from nsabench.present.plots import plot_run, second_process
 from nsabench.present.tables import compared_table
 from nsabench.store import find_runs, load_cells, load_run
 
 lap("import")
-paths = find_runs(sys.argv[1])
-found = [load_cells(path) for path in paths]
-lap("load")
+with second_process() as helper:
+    paths = find_runs(sys.argv[1])
+    found = [load_cells(path) for path in paths]
+    lap("load")
+    plot_run(found, Path(sys.argv[2]), sys.argv[3].split(","), helper=helper)
+lap("plot")
 Console(file=open("/dev/null", "w")).print(runs_table([summarise(run) for run in found]))
 lap("list the runs")
-plot_run(found, Path(sys.argv[2]), sys.argv[3].split(","))
-lap("plot")
 whole = [load_run(path) for path in paths]
 lap("load with all samples")
 collected = collect(whole)

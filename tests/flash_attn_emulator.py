@@ -1,4 +1,5 @@
-"""FlashAttention 2 in eager torch: what ``flash_attn`` 2.x and torch's varlen attention document.
+"""FlashAttention in eager torch: what ``flash_attn`` 2.x, torch's varlen attention, ``flash_attn_interface``
+(FlashAttention 3) and ``flash_attn.cute`` (FlashAttention 4) document.
 
 Any device, fp32 and fp64 besides fp16 and bf16. What the kernels refuse is refused here, and what they leave
 unwritten is NaN here: code that gives the right numbers on this hands the kernels valid work.
@@ -10,6 +11,13 @@ unwritten is NaN here: code that gives the right numbers on this hands the kerne
 - lse is ``(B, HQ, T)`` dense and ``(HQ, T)`` packed, natural logarithm, and passes no gradient;
 - with a longest query of 1, grouped heads and no window, every packed sequence is taken to have one query;
 - one head dim for q, k, v: a multiple of 8, at most 256, contiguous; int32 bounds; at most 65535 sequences.
+
+FlashAttention 3 and 4 differ: no reshape at a longest query of 1, and lse passes a gradient, ``-inf`` in a
+row without a key. 3 drops a left bound one key sooner and a right one that reaches past the longest query. 4
+has None for all keys, where a negative bound means one thing in one beta and another in the next (refused
+here); gives lse only when asked, beside ``o`` always; and has its own head dims: on sm_90 any two, its
+backward under grouped heads only equal ones (so only these here), on sm_100 up to 128, or 192 with 128 for
+values.
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ class Refused(RuntimeError):
 
 def _need(*conditions: Any) -> None:
     if not all(conditions):
-        raise Refused("FlashAttention 2 takes no such call")
+        raise Refused("FlashAttention takes no such call")
 
 
 def flash_attn_func(
@@ -139,9 +147,169 @@ def varlen_attn_211(
     return (o, lse) if return_aux is not None and return_aux.lse else o
 
 
+def flash3_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """FlashAttention 3: ``return_attn_probs`` adds lse ``(B,HQ,T)`` and nothing else."""
+    _need(qv is None, attention_chunk == 0)
+    window = normalised3(window_size, causal, q.shape[1], k.shape[1])
+    o, lse = _dense(q, k, v, softmax_scale, window)
+    return (o, lse) if return_attn_probs else o
+
+
+def flash3_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    return_attn_probs: bool = False,
+) -> Any:
+    """FlashAttention 3, packed; lse ``(HQ, sum T)``."""
+    _need(seqused_q is seqused_k is qv is None, attention_chunk == 0)
+    _check_heads(q, k, v)
+    window = normalised3(window_size, causal, max_seqlen_q, max_seqlen_k)
+    longest = max_seqlen_q, max_seqlen_k
+    o, lse = _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, _scale(q, softmax_scale), window)
+    o, lse = _with_gradient(o, lse)
+    return (o, lse) if return_attn_probs else o
+
+
+def flash3_func_first(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+) -> Any:
+    """The first releases of FlashAttention 3 always return lse."""
+    return flash3_func(q, k, v, softmax_scale, causal, window_size=window_size, return_attn_probs=True)
+
+
+def flash3_varlen_func_first(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+) -> Any:
+    """The same, packed."""
+    bounds = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
+    return flash3_varlen_func(q, k, v, *bounds, **options, return_attn_probs=True)  # type: ignore[arg-type]
+
+
+Bound = int | None
+
+
+class Cute:
+    """FlashAttention 4 on a GPU of compute capability ``major``."""
+
+    def __init__(self, major: int) -> None:
+        self.major = major
+
+    def flash_attn_func(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        qv: torch.Tensor | None = None,
+        gather_kv_indices: torch.Tensor | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[Bound, Bound] = (None, None),
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _need(qv is gather_kv_indices is None)
+        self._check_dims(q, v)
+        o, lse = _dense(q, k, v, softmax_scale, normalised4(window_size, causal), one_width=False)
+        return o, lse if return_lse else None
+
+    def flash_attn_varlen_func(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        qv: torch.Tensor | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        min_seqlen_k: int | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[Bound, Bound] = (None, None),
+        return_lse: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _need(qv is min_seqlen_k is None)
+        if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+            raise Refused("a packed call needs its bounds")
+        self._check_dims(q, v)
+        longest = max_seqlen_q, max_seqlen_k
+        window = normalised4(window_size, causal)
+        o, lse = _sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, _scale(q, softmax_scale), window)
+        o, lse = _with_gradient(o, lse)
+        return o, lse if return_lse else None
+
+    def _check_dims(self, q: torch.Tensor, v: torch.Tensor) -> None:
+        dims = q.shape[-1], v.shape[-1]
+        _need(dims[0] % 8 == dims[1] % 8 == 0, min(dims) > 0)
+        if self.major == 9:
+            _need(dims[0] == dims[1] <= 256)
+        else:
+            _need(max(dims) <= 128 or dims == (192, 128))
+
+
 PACKAGE = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
 TORCH = SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)
 TORCH_211 = SimpleNamespace(varlen_attn=varlen_attn_211, AuxRequest=AuxRequest)
+FLASH3 = SimpleNamespace(flash_attn_func=flash3_func, flash_attn_varlen_func=flash3_varlen_func)
+FLASH3_FIRST = SimpleNamespace(
+    flash_attn_func=flash3_func_first, flash_attn_varlen_func=flash3_varlen_func_first
+)
+
+
+def _dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    window: Window,
+    *,
+    one_width: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention 3 and 4 over a batch."""
+    _need(q.dim() == k.dim() == v.dim() == 4, len(q) > 0)
+    _check_heads(q, k, v, one_width)
+    parts = [_attend(*one, _scale(q, scale), window) for one in zip(q, k, v, strict=True)]
+    return _with_gradient(torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts]))
+
+
+def _with_gradient(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return o, lse.masked_fill(lse == float("inf"), float("-inf")) + o.flatten()[:0].sum()
 
 
 def _packed(
@@ -156,22 +324,36 @@ def _packed(
     causal: bool,
     window_size: Window,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _need(q.dim() == k.dim() == v.dim() == 3)
     _check_heads(q, k, v)
+    if max_q == 1 and q.shape[1] > k.shape[1] and max(window_size) < 0:
+        _need(len(q) == len(cu_q) - 1)  # q is reshaped to one query a sequence
+    window = normalised(window_size, causal, max_k)
+    return _sequences(q, k, v, cu_q, cu_k, max_q, max_k, _scale(q, scale), window)
+
+
+def _sequences(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: Window,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _need(q.dim() == k.dim() == v.dim() == 3)
     _check_bounds(cu_q, len(q), max_q)
     _check_bounds(cu_k, len(k), max_k)
     _need(len(cu_q) == len(cu_k), 0 < len(cu_q) - 1 <= 65535)
-    window = normalised(window_size, causal, max_k)
-    if max_q == 1 and q.shape[1] > k.shape[1] and max(window_size) < 0:
-        _need(len(q) == len(cu_q) - 1)  # q is reshaped to one query a sequence
     k, v = _Covered.apply(k, cu_k), _Covered.apply(v, cu_k)
-    o = q.new_full(q.shape, float("nan"))
+    o = q.new_full((*q.shape[:-1], v.shape[-1]), float("nan"))
     lse = torch.full(
         q.shape[1::-1], float("nan"), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
     )
     outputs = []
     for (q0, q1), (k0, k1) in zip(_pairs(cu_q), _pairs(cu_k), strict=True):
-        part, lse[:, q0:q1] = _attend(q[q0:q1], k[k0:k1], v[k0:k1], _scale(q, scale), window)
+        part, lse[:, q0:q1] = _attend(q[q0:q1], k[k0:k1], v[k0:k1], scale, window)
         outputs.append(part)
     o = torch.cat([*outputs, o[int(cu_q[-1]) :]])
     return o, lse
@@ -218,6 +400,25 @@ def normalised(window: Window, causal: bool, max_k: int) -> Window:
     return left, right
 
 
+def normalised3(window: Window, causal: bool, max_q: int, max_k: int) -> Window:
+    """As FlashAttention 3 does, in its order."""
+    left, right = window
+    left = -1 if left >= max_k - 1 else left
+    right = -1 if right >= max_q - 1 else right
+    if causal and not (max_q == 1 and left == right == -1):
+        right = 0
+    if left < 0 and right < 0:
+        return -1, -1
+    return (max_k - 1 if left < 0 else left), (max_q - 1 if right < 0 else right)
+
+
+def normalised4(window: tuple[Bound, Bound], causal: bool) -> Window:
+    """As FlashAttention 4 does where its versions agree."""
+    _need(all(bound is None or bound >= 0 for bound in window))
+    left, right = window[0], 0 if causal else window[1]
+    return -1 if left is None else left, -1 if right is None else right
+
+
 def _scale(q: torch.Tensor, scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -226,9 +427,10 @@ def _pairs(bounds: torch.Tensor) -> list[tuple[int, int]]:
     return list(pairwise(bounds.tolist()))
 
 
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, one_width: bool = True) -> None:
     dim = q.shape[-1]
-    _need(k.shape == v.shape, k.shape[-1] == dim, dim % 8 == 0, 0 < dim <= 256)
+    _need(k.shape[:-1] == v.shape[:-1], k.shape[-1] == dim, dim % 8 == 0, 0 < dim <= 256)
+    _need(k.shape == v.shape or not one_width)
     _need(q.dtype == k.dtype == v.dtype, q.shape[-2] % k.shape[-2] == 0)
     _need(*(t.stride(-1) == 1 for t in (q, k, v)))
 

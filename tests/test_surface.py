@@ -30,6 +30,7 @@ PUBLIC_NAMES = (
     "Routing",
     "UnsupportedRoute",
     "stage_hook",
+    "selection_hook",
 )
 
 

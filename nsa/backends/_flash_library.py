@@ -1,16 +1,9 @@
-"""FlashAttention 2 as a library: which one is installed, and one way to call it.
-
-The package ``flash_attn`` where it is installed, else torch, which carries the same kernels as
-``torch.nn.attention.varlen``. Nothing is imported and no kernel is tried to decide.
-"""
+"""FlashAttention as a library, one way to call every generation of it: 2, 3 and 4."""
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module, metadata
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -35,14 +28,17 @@ class Bounds:
 
 
 class Library(Protocol):
-    """FlashAttention 2: windows aligned to the bottom right, H divides HQ, autograd through ``o``.
+    """FlashAttention: windows aligned to the bottom right, H divides HQ, autograd through ``o``.
 
-    ``dense``: ``q (B,T,HQ,D), k v (B,S,H,D) -> o (B,T,HQ,D), lse (B,T,HQ)``; ``varlen``: without ``B``, the
-    sequences one after another. A row without a key gives 0 and lse -inf; lse carries no gradient.
+    ``dense``: ``q (B,T,HQ,D), k (B,S,H,D), v (B,S,H,DV) -> o (B,T,HQ,DV), lse (B,T,HQ)``; ``varlen``: without
+    ``B``, the sequences one after another. A row without a key gives 0 and lse -inf; lse carries no gradient.
+    ``widths``: the head dims it wants for q and k, and for v, at least the ones given.
     """
 
     @property
     def name(self) -> str: ...
+
+    def widths(self, dim: int, value_dim: int) -> tuple[int, int]: ...
 
     def dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window
@@ -53,8 +49,16 @@ class Library(Protocol):
     ) -> Output: ...
 
 
+class _OneWidth:
+    """One head dim for q, k and v, a multiple of 8."""
+
+    def widths(self, dim: int, value_dim: int) -> tuple[int, int]:
+        width = -(-max(dim, value_dim) // 8) * 8
+        return width, width
+
+
 @dataclass(frozen=True)
-class FlashAttn:
+class FlashAttn(_OneWidth):
     """The package ``flash_attn``, from 2.7 on; ``module`` is the package."""
 
     module: Any
@@ -85,7 +89,7 @@ class FlashAttn:
 
 
 @dataclass(frozen=True)
-class TorchVarlen:
+class TorchVarlen(_OneWidth):
     """``torch.nn.attention.varlen``, from torch 2.11 on: packed sequences only; ``module`` is that module."""
 
     module: Any
@@ -111,6 +115,83 @@ class TorchVarlen:
         return o, _rows_first(lse.t())  # (HQ, T), whatever its docstring says
 
 
+@dataclass(frozen=True)
+class FlashAttn3(_OneWidth):
+    """FlashAttention 3, built from ``hopper/``; ``module`` is ``flash_attn_interface``."""
+
+    module: Any
+    name: str
+
+    def dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window
+    ) -> Output:
+        fn = self.module.flash_attn_func
+        o, lse = fn(q, k, v, **self._options(fn, scale, window))[:2]
+        return o, _rows_first(lse.transpose(1, 2))
+
+    def varlen(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds, scale: float, window: Window
+    ) -> Output:
+        fn = self.module.flash_attn_varlen_func
+        bounded = bounds.cu_q, bounds.cu_k, bounds.max_q, bounds.max_k
+        o, lse = fn(q, k, v, *bounded, **self._options(fn, scale, window))[:2]
+        return o, _rows_first(lse.t())
+
+    def _options(self, fn: Any, scale: float, window: Window) -> dict[str, Any]:
+        options = {"softmax_scale": scale, "causal": window[1] == 0, "window_size": window}
+        # The first releases always return lse; later ones want to be asked.
+        asked = "return_attn_probs" in inspect.signature(fn).parameters
+        return options | ({"return_attn_probs": True} if asked else {})
+
+
+@dataclass(frozen=True)
+class FlashAttn4:
+    """FlashAttention 4, package ``flash-attn-4``; ``module`` is ``flash_attn.cute``, ``major`` the GPU's
+    compute capability.
+    """
+
+    module: Any
+    name: str
+    major: int
+
+    def widths(self, dim: int, value_dim: int) -> tuple[int, int]:
+        """One width; Blackwell has none above 128 but (192, 128), Hopper's backward none that differ."""
+        if self.major >= 10 and max(dim, value_dim) > 128:
+            return 192, 128
+        width = -(-max(dim, value_dim) // 8) * 8
+        return width, width
+
+    def dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window
+    ) -> Output:
+        o, lse = self.module.flash_attn_func(q, k, v, **self._options(scale, window))
+        return o, _rows_first(lse.transpose(1, 2))
+
+    def varlen(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds, scale: float, window: Window
+    ) -> Output:
+        o, lse = self.module.flash_attn_varlen_func(
+            *(q, k, v),
+            cu_seqlens_q=bounds.cu_q,
+            cu_seqlens_k=bounds.cu_k,
+            max_seqlen_q=bounds.max_q,
+            max_seqlen_k=bounds.max_k,
+            **self._options(scale, window),
+        )
+        return o, _rows_first(lse.t())
+
+    def _options(self, scale: float, window: Window) -> dict[str, Any]:
+        # Here None is all keys: -1 beside a bound of 0 has meant both "no window" and "one key less".
+        left, right = (None if bound < 0 else bound for bound in window)
+        causal = window == CAUSAL
+        return {
+            "softmax_scale": scale,
+            "causal": causal,
+            "window_size": (None, None) if causal else (left, right),
+            "return_lse": True,
+        }
+
+
 def pack_batch(
     library: Library, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: Window
 ) -> Output:
@@ -124,29 +205,6 @@ def pack_batch(
 
 
 def _rows_first(lse: torch.Tensor) -> torch.Tensor:
-    """FlashAttention marks a row without a key by lse +inf."""
+    """Some of FlashAttention marks a row without a key by lse +inf."""
     lse = lse.detach()
     return lse.masked_fill(lse == INF, -INF)
-
-
-@cache
-def provider() -> str | None:
-    """Library and version, ``flash_attn 2.8.3`` or ``torch 2.13.0 varlen``; None without one."""
-    if find_spec("flash_attn_2_cuda") is not None:  # flash_attn 4 installs under the same package name
-        for version in (found.version for found in metadata.distributions(name="flash-attn")):
-            if (2, 7) <= tuple(int(part) for part in version.split(".")[:2]) < (3, 0):
-                return f"flash_attn {version}"
-    if torch.backends.cuda.is_flash_attention_available():
-        return f"torch {torch.__version__.split('+')[0]} varlen"
-    return None
-
-
-@cache
-def load() -> Library:
-    """The library :func:`provider` names, imported now; RuntimeError without one."""
-    name = provider()
-    if name is None:
-        raise RuntimeError("no FlashAttention 2 is installed: pip install 'nsabench[flash-attn]'")
-    if name.startswith("flash_attn"):
-        return FlashAttn(import_module("flash_attn"), name)
-    return TorchVarlen(import_module("torch.nn.attention.varlen"), name)

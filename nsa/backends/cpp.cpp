@@ -77,7 +77,7 @@ inline bool any(Ints lanes) {
     return found != 0;
 }
 
-// 2^x for x <= 0 to 2e-7, relative; 0 from -127 down; NaN stays NaN. A polynomial over [-1/2, 1/2].
+// 2^x for x up to SLACK to 2e-7, relative; 0 from -127 down; NaN stays NaN. A polynomial over [-1/2, 1/2].
 inline Vec exp2_of(Vec x) {
     x = x < -127.0f ? all(-127.0f) : x;
     const Vec whole = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: rounds to an integer

@@ -12,14 +12,14 @@ from nsabench.commands import _options as o
 from nsabench.plan import PlanError
 
 
-def _as(options: type, name: str) -> typer.models.OptionInfo:
+def option_as(options: type, name: str) -> typer.models.OptionInfo:
     """The option that sweeps have by that name."""
     found: typer.models.OptionInfo = get_args(get_type_hints(options, include_extras=True)[name])[1]
     return found
 
 
 def _axis(name: str) -> typer.models.OptionInfo:
-    return _as(o.PromptOptions if name in ("passes", "mode") else o.AxisOptions, name)
+    return option_as(o.PromptOptions if name in ("passes", "mode") else o.AxisOptions, name)
 
 
 def _how(*names: str, metavar: str, help: str, default: str) -> typer.models.OptionInfo:
@@ -81,10 +81,11 @@ class EffortOptions:
             default="2m",
         ),
     ] = None
-    sample_ms: Annotated[float | None, _as(o.MeasureOptions, "sample_ms")] = None
-    timer: Annotated[str | None, _as(o.MeasureOptions, "timer")] = None
-    cache: Annotated[str | None, _as(o.MeasureOptions, "cache")] = None
-    timeout: Annotated[str | None, _as(o.MeasureOptions, "timeout")] = None
+    sample_ms: Annotated[float | None, option_as(o.MeasureOptions, "sample_ms")] = None
+    timer: Annotated[str | None, option_as(o.MeasureOptions, "timer")] = None
+    cache: Annotated[str | None, option_as(o.MeasureOptions, "cache")] = None
+    regime: Annotated[str | None, option_as(o.MeasureOptions, "regime")] = None
+    timeout: Annotated[str | None, option_as(o.MeasureOptions, "timeout")] = None
     shares: Annotated[
         bool,
         typer.Option(
@@ -147,7 +148,7 @@ class ResultOptions:
             "--json", help="One JSON object a verdict on stdout, the rest on stderr.", rich_help_panel=o.WHERE
         ),
     ] = False
-    tag: Annotated[list[str] | None, _as(o.OutputOptions, "tag")] = None
+    tag: Annotated[list[str] | None, option_as(o.OutputOptions, "tag")] = None
 
 
 def given(*options: object) -> list[str]:

@@ -18,7 +18,7 @@ from nsabench.commands._compare_options import EffortOptions, ResultOptions, Sha
 from nsabench.commands._console import GOOD, INTERRUPTED, MACHINE_FAILED, complain, console
 from nsabench.commands._execute import ctrl_c
 from nsabench.commands._options import MeasureOptions, axes_given, option_of, size
-from nsabench.commands._sweep import SELECTIONS, cannot_run, plan_of
+from nsabench.commands._sweep import cannot_run, plan_of
 from nsabench.plan import Cell, PlanError, Suite, parse_duration, tags_of
 from nsabench.plan.sides import Side, compared, parse_side
 from nsabench.present.verdicts import Comparison, findings_of
@@ -26,8 +26,12 @@ from nsabench.present.wording import count_text, tokens_text
 from nsabench.run import Policy
 from nsabench.run.comparison import MOST_PROCESSES, Effort, run_comparison
 from nsabench.run.executor import LocalExecutor, WorkerError, local_slots
+from nsabench.run.selection_file import unusable
 from nsabench.run.work import config_of
 from nsabench.store import RunDir, capture_environment, load_run
+
+QUIET_S, WAITED = 5.0, 0.05
+"""Longest that each process waits for other processes to end: so many seconds, or that part of the budget."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,15 @@ def _shapes(phase: str, shared: SharedOptions, options: EffortOptions) -> tuple[
         sample_ms=options.sample_ms,
         timer=options.timer,
         cache=options.cache,
+        regime=options.regime,
         timeout=options.timeout,
         shares=options.shares,
         alone=options.alone,
     )
     plan = plan_of(suite, how)
-    return plan.cells, replace(plan.policy, settle=True)
+    budget_s = _effort(options).budget_s
+    waited = min(QUIET_S, WAITED * budget_s)
+    return plan.cells, replace(plan.policy, settle=True, quiet_s=waited, kernels=False, memory=False)
 
 
 def _settled(side: Side) -> Side:
@@ -173,8 +180,8 @@ def _check(side: Side, cell: Cell) -> None:
         why = str(error)
     if cell.dk % 2:
         why = f"dk is {cell.dk}, odd; rotary positions need an even key dim"
-    elif cell.selection not in SELECTIONS:
-        why = f"selection is {cell.selection!r}; allowed: {', '.join(SELECTIONS)}"
+    elif fault := unusable(cell):
+        why = fault
     elif cell.phase == "decode" and (cell.passes, cell.mode) != ("fwd", "batched"):
         why = "decode has only fwd, batched"
     if why:
@@ -203,8 +210,8 @@ def _heading(groups: Sequence[Sequence[Cell]], policy: Policy, effort: Effort) -
     shapes = "1 shape" if len(groups) == 1 else f"{len(groups)} shapes"
     processes = "1 process" if effort.processes == 1 else f"{effort.processes} processes"
     return (
-        f"{cell.phase} on {cell.device}, {shapes}: timer {policy.timer_for(cell)}, "
-        f"{policy.cache_for(cell)} cache; at least {processes} of {policy.rounds} rounds, "
+        f"{cell.phase} on {cell.device}, {shapes}: {policy.how_for(cell)}; "
+        f"at least {processes} of {policy.rounds} rounds, "
         f"until each interval is within "
         f"{100 * effort.width:g} % or {effort.budget_s:g} s are spent"
     )

@@ -72,7 +72,8 @@ def _peaks_text(peaks: Peaks | None) -> str:
     overheads = {"launch": peaks.launch_us, "event": peaks.event_us, "graph": peaks.graph_us}
     known = "".join(f", {name} {value:.2g} µs" for name, value in overheads.items() if value is not None)
     clock = f"clock {peaks.clock_us:.2g} µs{known}"
-    return f"copy {peaks.copy_gbps:.4g} GB/s; matrix product, GFLOP/s: {rates}; {clock}"
+    read = "" if peaks.read_gbps is None else f", read {peaks.read_gbps:.4g} GB/s"
+    return f"copy {peaks.copy_gbps:.4g} GB/s{read}; matrix product, GFLOP/s: {rates}; {clock}"
 
 
 def _finding(level: str, text: str) -> dict[str, str]:

@@ -71,7 +71,7 @@ def start_sweep(
             policy,
             plots=plots,
             json_lines=json_lines,
-            heading=_heading(cells, model, policy, suite),
+            heading=heading_of(cells, model, policy, suite),
             budget_s=budget_s,
             in_process=in_process,
         )
@@ -195,7 +195,9 @@ def exit_code(rows: Sequence[dict[str, Any]]) -> int:
     return GOOD if "ok" in statuses and "invalid" not in statuses else INCONCLUSIVE
 
 
-def _heading(cells: Sequence[Cell], model: Model, policy: Policy, suite: dict[str, Any] | None) -> list[str]:
+def heading_of(
+    cells: Sequence[Cell], model: Model, policy: Policy, suite: dict[str, Any] | None
+) -> list[str]:
     """What is about to be measured: of several layers, one suite's, only how many."""
     cell = cells[0]
     how = f"{policy.rounds} rounds, seed {cell.seed}"
@@ -208,5 +210,5 @@ def _heading(cells: Sequence[Cell], model: Model, policy: Policy, suite: dict[st
         f"{cell.phase} on {cell.device}: dim {cell.dim}, {cell.heads} heads, {cell.groups} KV heads, "
         f"dk {cell.dk}, dv {cell.dv}, {cell.dtype}" + (f" ({model.what})" if mine else ""),
         f"blocks l {cell.l}, d {cell.d}, l' {cell.l_sel}, n {cell.n_sel}, w {cell.w}; "
-        f"selection {cell.selection}; timer {policy.timer_for(cell)}, {policy.cache_for(cell)} cache, {how}",
+        f"selection {', '.join(dict.fromkeys(c.selection for c in cells))}; {policy.how_for(cell)}, {how}",
     ]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nsabench.plan import PlanError, parse_ints
+from nsabench.plan import BASELINES, PlanError, parse_ints
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,25 @@ class AxisOptions:
             panel=None,
         ),
     ] = None
+    impl: Annotated[
+        str | None,
+        _axis(
+            "--impl",
+            metavar="NAMES",
+            help="What to measure: nsa, by its routes, or dense attention as dense, dense:flash, ... or all; "
+            "several with commas between.",
+            default="nsa",
+            panel=None,
+        ),
+    ] = None
     baselines: Annotated[
         str | None,
         _axis(
             "--baseline",
             "--baselines",
             metavar="NAMES",
-            help="What to measure beside NSA, in the same rounds: dense, or none.",
+            help="Dense attention to measure beside it, in the same rounds: dense (what torch picks), "
+            f"{', '.join(BASELINES[1:])}, all of them, or none.",
             default="none",
             panel=None,
         ),
@@ -146,7 +158,9 @@ class AxisOptions:
         _axis(
             "--selection",
             metavar="KINDS",
-            help="How blocks come to be selected: natural, by the layer's own scores.",
+            help="How blocks come to be selected: natural, by the layer's own scores; random; overlap=X, in "
+            "which neighbouring queries share that part, 0 to 0.95; file=PATH, as --save-selection wrote. "
+            "The scores are computed and timed in each.",
             default="natural",
         ),
     ] = None
@@ -187,6 +201,23 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
+class CaptureOptions:
+    """What a prefill can be captured for."""
+
+    save_selection: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-selection",
+            metavar="FILE",
+            help="Time nothing: write the blocks that one cell of NSA selects to a new file, for "
+            "--selection file=FILE.",
+            show_default=False,
+            rich_help_panel=WHERE,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class MeasureOptions:
     """How to measure. None is what is not given."""
 
@@ -215,8 +246,18 @@ class MeasureOptions:
         _axis(
             "--timer",
             metavar="TIMER",
-            help="auto, cpu, event or graph. auto: on a GPU graph for decode, event for prefill.",
+            help="auto, cpu, host, event or graph. auto: on a GPU graph for decode, event for prefill.",
             default="auto",
+            panel=HOW,
+        ),
+    ] = None
+    regime: Annotated[
+        str | None,
+        _axis(
+            "--regime",
+            metavar="REGIME",
+            help="latency (one step at a time) or sustained (back to back, warm).",
+            default="latency",
             panel=HOW,
         ),
     ] = None

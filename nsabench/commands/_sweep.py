@@ -15,11 +15,9 @@ from nsabench.measure import MeasureError, resolve_device
 from nsabench.plan import Cell, PlanError, Suite, Sweep, cells_of, parse_duration, unmeasured
 from nsabench.run import Policy
 from nsabench.run.impl import Refused, impl_for
+from nsabench.run.selection_file import unusable
 from nsabench.run.steps import steps_of
 from nsabench.run.work import config_of
-
-# Where blocks come from is a matter of measuring: what is not measured is not taken for it.
-SELECTIONS = ("natural",)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def plan_of(suite: Suite, measure: MeasureOptions, *, anywhere: bool = False) ->
     if not anywhere:
         for cell in cells:
             policy.timer_for(cell)
-        _refuse_unless_some_route_runs(cells, next(suite.resolved()).names["routes"])
+        _refuse_unless_some_run(cells, next(suite.resolved()).names)
     return Plan(suite, cells, policy, budget)
 
 
@@ -113,6 +111,7 @@ def _policy_given(measure: MeasureOptions) -> dict[str, Any]:
         "sample_ms": measure.sample_ms,
         "timer": measure.timer,
         "cache": measure.cache,
+        "regime": measure.regime,
         "shares": measure.shares,
         "alone": measure.alone,
         "share_runs": None if measure.share_runs is None else size(measure.share_runs, "--share-runs"),
@@ -152,17 +151,14 @@ _AXIS_OF = {
 
 
 def _check(sweep: Sweep, anywhere: bool) -> None:
-    """Refuse a sweep with a device, a selection or sizes that cannot be measured, by the names it was given
-    under.
+    """Refuse a sweep with a device, sizes or a file of blocks that cannot be measured, by the names it was
+    given under.
     """
     names = sweep.names
     for device in sweep.axes.get("device", ()):
         why = None if anywhere or device == "auto" else missing(device)
         if why:
             raise PlanError(f"{names['device']}: {why}")
-    for selection in sweep.axes.get("selection", ()):
-        if selection not in SELECTIONS:
-            raise PlanError(f"{names['selection']}: {selection!r}; allowed: {', '.join(SELECTIONS)}")
     shapes = {
         (c.heads, c.groups, c.dk, c.dv, c.l, c.d, c.l_sel, c.n_sel, c.w): c for c in sweep.cells(_defaults)
     }
@@ -173,6 +169,10 @@ def _check(sweep: Sweep, anywhere: bool) -> None:
             raise PlanError(_renamed(str(error), names)) from None
         if cell.dk % 2:
             raise PlanError(f"{names['dk']}: {cell.dk} is odd; rotary positions need an even key dim")
+    if not anywhere and any("file=" in selection for selection in sweep.axes.get("selection", ())):
+        for cell in sweep.cells(_defaults):
+            if why := unusable(cell):
+                raise PlanError(f"{names['selection']}: {why}")
 
 
 def _renamed(message: str, names: Mapping[str, str]) -> str:
@@ -181,17 +181,16 @@ def _renamed(message: str, names: Mapping[str, str]) -> str:
     return re.sub(rf"\b({known})\b", lambda found: names[_AXIS_OF[found[1]]], message)
 
 
-def _refuse_unless_some_route_runs(cells: list[Cell], where: str) -> None:
-    """A sweep in which nothing can run is bad usage; one in which something can keeps its refusals as
-    rows.
+def _refuse_unless_some_run(cells: list[Cell], names: Mapping[str, str]) -> None:
+    """A sweep in which nothing that is asked for can run is bad usage; one in which something can keeps its
+    refusals as rows. Where NSA is measured, what stands beside it is not asked.
     """
+    of_nsa = [cell for cell in cells if cell.impl == "nsa"]
     reasons: dict[str, str] = {}
-    for cell in cells:
-        if cell.impl == "nsa":
-            why = cannot_run(cell)
-            if why is None:
-                return
-            reasons.setdefault(cell.route, why)
-    raise PlanError(
-        f"{where}: " + "; ".join(f"{route!r} cannot run here: {why}" for route, why in reasons.items())
-    )
+    for cell in of_nsa or cells:
+        why = cannot_run(cell)
+        if why is None:
+            return
+        reasons.setdefault(cell.route if of_nsa else cell.impl, why)
+    said = "; ".join(f"{name!r} cannot run here: {why}" for name, why in reasons.items())
+    raise PlanError(f"{names['routes' if of_nsa else 'impl']}: {said}")

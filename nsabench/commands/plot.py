@@ -41,19 +41,21 @@ def plot(
     Figures stay readable: what there is no room for is said, in the figure and here.
     """
     with one_line_errors():
-        from nsabench.present.plots import plot_run, set_name
+        from nsabench.present.plots import plot_run, second_process, set_name
         from nsabench.present.selecting import parse_where
         from nsabench.store import load_cells
 
         condition = parse_where(where or ())
-        loaded = s.stored_runs(runs, load_cells, tag or (), since)
-        files = plot_run(
-            loaded,
-            out / set_name([run.run_id for run in loaded]),
-            [part.strip() for part in formats.split(",")],
-            keep=condition or None,
-            most=most,
-            note=complain,
-        )
+        with second_process() as helper:
+            loaded = s.stored_runs(runs, load_cells, tag or (), since)
+            files = plot_run(
+                loaded,
+                out / set_name([run.run_id for run in loaded]),
+                [part.strip() for part in formats.split(",")],
+                keep=condition or None,
+                most=most,
+                note=complain,
+                helper=helper,
+            )
         for file in files:
             console().print(str(file), soft_wrap=True, markup=False)

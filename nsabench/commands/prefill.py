@@ -14,6 +14,7 @@ def prefill(
     measure: o.MeasureOptions,
     output: o.OutputOptions,
     sweep: o.SweepOptions,
+    capture: o.CaptureOptions,
 ) -> None:
     """Time a whole prompt of S tokens: forward into a KV cache, backward, or both.
 
@@ -24,5 +25,10 @@ def prefill(
         from nsabench.plan import Suite
 
         suite = Suite.of_options("prefill", o.axes_given(axes, prompt), o.option_of)
-        code = carry_out(suite, measure, output, sweep)
+        if capture.save_selection is not None:
+            from nsabench.commands._capture import save_selection_of
+
+            code = save_selection_of(suite, measure, output, sweep, capture.save_selection)
+        else:
+            code = carry_out(suite, measure, output, sweep)
     raise typer.Exit(code)

@@ -33,8 +33,10 @@ def resume(
         from nsabench.commands._execute import carry_on
         from nsabench.commands._same_machine import refuse_other_machine
         from nsabench.store import RunDir, capture_environment, load_run
+        from nsabench.store.runs import refuse_unless_continuable
 
         # All that may refuse comes before the run is opened: opening repairs what a crash left half-written.
+        refuse_unless_continuable(run)
         stored = load_run(run)
         cells, policy = _plan_of(stored)
         finished = set(stored.cells["cell_id"])
@@ -64,9 +66,8 @@ def _plan_of(stored: Run) -> tuple[list[Cell], Policy]:
 
     if "comparison" in stored.info:
         raise StoreError(f"{stored.path} is a comparison, which is never resumed: measure it anew")
-    if "sources" in stored.info:
-        merged = len(stored.info["sources"])
-        raise StoreError(f"{stored.path} is merged from {merged} runs; continue those, then merge")
+    if stored.info.get("name") == "profile" and stored.info.get("suite") is None:
+        raise StoreError(f"{stored.path} is a profile of one cell, which is never resumed: profile it anew")
     try:
         cells = [Cell.from_dict(fields) for fields in stored.info["plan"]]
         return cells, Policy.from_dict(stored.info["policy"])

@@ -113,8 +113,10 @@ def _sweeps(one: Suite) -> Table:
     for header in ("#", "phase", "S", "arms", "with"):
         table.add_column(header, overflow="fold", justify="right" if header == "#" else "left")
     for sweep in one.resolved():
-        arms = [sweep.text("routes") or "auto", sweep.text("baselines")]
-        rest = (axis for axis in sweep.axes if axis not in ("S", "routes", "baselines"))
+        of_nsa = "nsa" in sweep.axes.get("impl", ("nsa",))
+        others = ",".join(filter(None, (sweep.text("impl").removeprefix("nsa"), sweep.text("baselines"))))
+        arms = [(sweep.text("routes") or "auto") if of_nsa else "", others.strip(",")]
+        rest = (axis for axis in sweep.axes if axis not in ("S", "impl", "routes", "baselines"))
         table.add_row(
             str(sweep.number),
             sweep.phase + (", headline" if sweep.headline else ""),

@@ -1,7 +1,9 @@
 """Measuring one step: timers, peak memory, NVML, and the shares of its stages. Knows no attention."""
 
 from nsabench.measure.backward import backward_shares
-from nsabench.measure.device import MeasureError, gpu_uuid, resolve_device
+from nsabench.measure.choice import choose_iters, make_timer
+from nsabench.measure.device import MeasureError, gpu_uuid, gpus_alike, resolve_device
+from nsabench.measure.kineto import KinetoTimer
 from nsabench.measure.memory import PeakMemory, available_bytes, peak_memory
 from nsabench.measure.nvml import NvmlSampler, open_sampler
 from nsabench.measure.stages import STAGES, Shares, StageRecorder
@@ -12,8 +14,6 @@ from nsabench.measure.timers import (
     GraphTimer,
     HostTimer,
     Timer,
-    choose_iters,
-    make_timer,
 )
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "EventTimer",
     "GraphTimer",
     "HostTimer",
+    "KinetoTimer",
     "MeasureError",
     "NvmlSampler",
     "PeakMemory",
@@ -33,6 +34,7 @@ __all__ = [
     "backward_shares",
     "choose_iters",
     "gpu_uuid",
+    "gpus_alike",
     "make_timer",
     "open_sampler",
     "peak_memory",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -53,6 +54,18 @@ def gpu_uuid(device: torch.device, *, api: Any = torch.cuda) -> str:
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
 
 
+def gpus_alike(*, api: Any = torch.cuda) -> list[str]:
+    """UUIDs of the GPUs that torch sees and that are of the default one's model and memory, it first.
+
+    MeasureError without a GPU.
+    """
+    default = resolve_device("cuda", api=api).index
+    numbers = sorted(range(api.device_count()), key=lambda number: number != default)
+    seen = {number: api.get_device_properties(torch.device("cuda", number)) for number in numbers}
+    kind = {number: (properties.name, properties.total_memory) for number, properties in seen.items()}
+    return [gpu_uuid(torch.device("cuda", n), api=api) for n in numbers if kind[n] == kind[default]]
+
+
 def cache_bytes(device: torch.device, *, api: Any = torch.cuda) -> int:
     """Bytes of the cache between a device and its memory: L2 of a GPU, the last level of a CPU."""
     if device.type == "cuda":
@@ -91,13 +104,25 @@ def _parse_size(text: str) -> int:
 
 def cache_flush(device: torch.device, *, api: Any = torch.cuda) -> Callable[[], None]:
     """A call that evicts the device's cache by rewriting `FLUSH_FACTOR` times its size of memory."""
-    buffer = torch.zeros(FLUSH_FACTOR * cache_bytes(device, api=api), dtype=torch.int8, device=device)
+    buffer = _flush_buffer(device, FLUSH_FACTOR * cache_bytes(device, api=api))
 
     def flush() -> None:
         # Not zero_(): a memset may bypass the cache, a read-modify-write cannot.
         buffer.add_(1)
 
     return flush
+
+
+_buffers: WeakValueDictionary[tuple[str, int], torch.Tensor] = WeakValueDictionary()
+
+
+def _flush_buffer(device: torch.device, size: int) -> torch.Tensor:
+    """One for all flushes of a device: each timer of a group has its own, a buffer is twice the cache."""
+    buffer = _buffers.get((str(device), size))
+    if buffer is None:
+        buffer = torch.zeros(size, dtype=torch.int8, device=device)
+        _buffers[str(device), size] = buffer
+    return buffer
 
 
 def no_flush() -> None:
@@ -135,7 +160,8 @@ class QueueAhead:
         self._api = api
         self._clock = clock
         self.cycles = 0
-        """Length of the spin in device clock cycles; 0 when nothing is queued ahead."""
+        """Length of the spin for one step in device clock cycles; 0 when nothing is queued ahead."""
+        self._most_cycles = 0
 
     def calibrate(self, enqueue: Callable[[], object]) -> bool:
         """Set the spin from what the host needs to queue one step, and try it.
@@ -144,6 +170,7 @@ class QueueAhead:
         """
         host_ms = min(self._host_ms(enqueue) for _ in range(2))
         rate = self._cycles_per_ms()
+        self._most_cycles = int(rate * _LEAD_LIMIT_MS)
         for attempt in range(_LEAD_TRIES):
             self.cycles = max(1, int(rate * min(host_ms * _LEAD * 2**attempt, _LEAD_LIMIT_MS)))
             if not self.measure(enqueue).gated:
@@ -152,10 +179,14 @@ class QueueAhead:
         return False
 
     def measure(self, enqueue: Callable[[], object], steps: int = 1) -> Span:
-        """Queue `steps` steps back to back between two events, wait for them and return the span."""
+        """Queue `steps` steps back to back between two events, wait for them and return the span.
+
+        A step counts as gated unless its first event is still pending once all of it is queued: only then
+        did the spin, or the step before, outlast the queueing.
+        """
         marks = [self._api.Event(enable_timing=True) for _ in range(steps + 1)]
         if self.cycles:
-            self._api._sleep(self.cycles)
+            self._api._sleep(max(self.cycles, min(self.cycles * steps, self._most_cycles)))
         self._before()
         marks[0].record()
         gated = 0

@@ -51,9 +51,9 @@ def peak_memory(
             return _peak_on_gpu(fn, hook, api)
     with hook(_stage_range) if hook else nullcontext(), profile(memory=True) as profiler:
         fn()
-    allocations, stages = _read(profiler)
+    allocations, stages = read_allocations(profiler)
     peak, at = peak_of(allocations)
-    return PeakMemory(peak, None, _stage_at(at, stages) if hook else "")
+    return PeakMemory(peak, None, stage_at(at, stages) if hook else "")
 
 
 def peak_of(events: Iterable[tuple[int, int, int]]) -> tuple[int, int]:
@@ -154,8 +154,12 @@ def _stage_range(name: str) -> AbstractContextManager[object]:
 _Range = tuple[int, int, str]
 
 
-def _read(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int, int]], list[_Range]]:
-    """Allocations on the CPU, and the ranges of stages and of backward nodes: (start, end, name)."""
+def read_allocations(
+    profiler: torch.profiler.profile,
+) -> tuple[list[tuple[int, int, int]], list[_Range]]:
+    """Allocations on the CPU, (time in ns, address, bytes), negative where they end; and the ranges of stages
+    and of backward nodes, (start, end, name).
+    """
     allocations: list[tuple[int, int, int]] = []
     ranges: list[_Range] = []
     waiting = list(recorded(profiler).experimental_event_tree())
@@ -172,7 +176,7 @@ def _read(profiler: torch.profiler.profile) -> tuple[list[tuple[int, int, int]],
     return allocations, ranges
 
 
-def _stage_at(time: int, ranges: Iterable[_Range]) -> str:
+def stage_at(time: int, ranges: Iterable[_Range]) -> str:
     """The innermost range around a moment."""
     around = [(start, name) for start, end, name in ranges if start <= time <= end]
     return max(around)[1] if around else OTHER

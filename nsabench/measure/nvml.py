@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import threading
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from nsabench.measure.device import gpu_uuid, resolve_device
 from nsabench.measure.nvml_reader import READINGS, SLOW_DOWNS, GpuReader, join_reasons, split_reasons
 
 ENERGY_UPDATES = 50
-"""Energy per operation means something only from so many counter updates up."""
+"""Energy means something only from so many counter updates up."""
 
 Row = dict[str, Any]
 
@@ -114,6 +115,13 @@ class NvmlSampler:
             self._log.append(_Entry(row, self._reader.read_counters()))
             return dict(row)
 
+    def processes(self) -> dict[int, int]:
+        """Bytes held on the GPU by process id, as NVML lists them now, 0 where it does not say how many;
+        empty where nothing is listed. In a container the ids are the host's.
+        """
+        with self._lock:
+            return {} if self._reader is None else self._reader.processes()
+
     def window(self, t0: float, t1: float) -> list[Row]:
         """The readings with t0 <= t_s <= t1."""
         return [dict(entry.row) for entry in self._between(t0, t1)]
@@ -122,11 +130,13 @@ class NvmlSampler:
         """READINGS over a window: mean power and utilisation, median clocks, highest temperature and memory,
         energy spent (J), and every event reason seen in a reading or counted by the GPU between two.
 
-        None where nothing was read; energy also when its counter did not move.
+        None where nothing was read; energy also where its counter was seen to move fewer than ENERGY_UPDATES
+        times.
         """
         entries = self._between(t0, t1)
         energy = _column(entries, "energy_j")
-        spent = energy[-1] - energy[0] if energy else 0.0
+        enough = sum(before != after for before, after in pairwise(energy)) >= ENERGY_UPDATES
+        spent = energy[-1] - energy[0] if enough else 0.0
         return {
             "power_w": _of(fmean, _column(entries, "power_w")),
             "energy_j": spent if spent > 0 else None,
@@ -150,13 +160,23 @@ class NvmlSampler:
             "clock_spread_pct": 100.0 * (max(clocks) - min(clocks)) / middle if middle else None,
         }
 
-    def slowed_down(self, t0: float, t1: float) -> bool:
-        """Whether a hardware or thermal slow-down held at any time in the window."""
-        return bool(SLOW_DOWNS & split_reasons(_reasons(self._between(t0, t1))))
+    def slow_downs(self, t0: float, t1: float) -> str | None:
+        """The hardware and thermal slow-downs that held at any time in the window, joined by `+`; empty for
+        none, None where neither reasons nor their counters were read.
+        """
+        reasons = _reasons(self._between(t0, t1))
+        if reasons is None:
+            return None
+        found = SLOW_DOWNS & split_reasons(reasons)
+        return join_reasons(found) if found else ""
 
-    def energy_updates(self, t0: float, t1: float) -> int:
-        """How often the energy counter was seen to move in a window; see ENERGY_UPDATES."""
-        return sum(before != after for before, after in pairwise(_column(self._between(t0, t1), "energy_j")))
+    def lost(self, t0: float, t1: float) -> list[str]:
+        """The READINGS that were had in a window, but no more at its end: NVML failed in the middle."""
+        entries = self._between(t0, t1)
+        if not entries:
+            return []
+        last = entries[-1].row
+        return [name for name in READINGS if last[name] is None and _column(entries, name)]
 
     def _run(self) -> None:
         while not self._halt.wait(self._period):
@@ -164,7 +184,8 @@ class NvmlSampler:
 
     def _between(self, t0: float, t1: float) -> list[_Entry]:
         with self._lock:
-            return [entry for entry in self._log if t0 <= entry.row["t_s"] <= t1]
+            first = bisect_left(self._log, t0, key=_time)
+            return self._log[first : bisect_right(self._log, t1, key=_time)]
 
 
 def open_sampler(
@@ -185,6 +206,10 @@ def open_sampler(
     except Exception as error:  # no pynvml, a broken one, or a torch that cannot tell the UUID
         return NvmlSampler(None, hz, clock=clock, reason=f"NVML: {error}")
     return NvmlSampler(uuid, hz, library=library, clock=clock)
+
+
+def _time(entry: _Entry) -> float:
+    return float(entry.row["t_s"])
 
 
 def _column(entries: Iterable[_Entry], name: str) -> list[Any]:

@@ -104,6 +104,11 @@ class GpuReader:
         """Nanoseconds spent under each event reason since the driver was loaded, of those offered."""
         return self._counters() or {}
 
+    def processes(self) -> dict[int, int]:
+        """Bytes held by each process that computes on the GPU, by its id; 0 where NVML does not say."""
+        found = _Source(lambda: self._library.nvmlDeviceGetComputeRunningProcesses(self._gpu))()
+        return {int(one.pid): int(one.usedGpuMemory or 0) for one in found or ()}
+
     def close(self) -> None:
         """Let go of NVML."""
         _Source(self._library.nvmlShutdown)()

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Peaks:
     ``copy_gbps``: bytes read and written by a large copy, 1e9 bytes/s. ``matmul_tflops``: by dtype, 1e12
     FLOP/s, a multiply-add being two. ``cache_bytes``: of the last-level cache. ``clock_us``: step of the
     host's clock. ``launch_us, event_us, graph_us``: host time of one launch, least time between two events,
-    time of an empty captured step; None on a CPU. ``threads``: of torch, on a CPU.
+    time of an empty captured step; None on a CPU. ``threads``: of torch, on a CPU. ``read_gbps``: bytes that
+    a kernel which only reads can take in, on a GPU; None where it was not measured.
     """
 
     device: str
@@ -48,6 +50,7 @@ class Peaks:
     event_us: float | None
     graph_us: float | None
     threads: int | None
+    read_gbps: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For a file; `from_dict` takes it back."""
@@ -105,8 +108,8 @@ def calibrate(
     where = resolve_device(device, api=api)
     cache = cache_bytes(where, api=api)
     timer = _timer_for(where, api)
-    tell("copy bandwidth")
-    copy_gbps = _copy_gbps(where, max(_COPY_LEAST, min(_COPY_MOST, _COPY_CACHES * cache)), timer)
+    size = max(_COPY_LEAST, min(_COPY_MOST, _COPY_CACHES * cache))
+    copy_gbps, read_gbps = _bandwidths(where, size, timer, tell)
     rates = {}
     for name in DTYPES:
         tell(f"matrix rate in {name}")
@@ -122,6 +125,7 @@ def calibrate(
         event_us=event,
         graph_us=graph,
         threads=torch.get_num_threads() if where.type == "cpu" else None,
+        read_gbps=read_gbps,
     )
 
 
@@ -156,6 +160,27 @@ def _copy_gbps(device: torch.device, size: int, timer: Timer) -> float:
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.ones_like(source)
     return 2 * size / _best_s(timer, lambda: target.copy_(source)) * 1e-9
+
+
+def _bandwidths(
+    device: torch.device, size: int, timer: Timer, tell: Callable[[str], None]
+) -> tuple[float, float | None]:
+    """GB/s of a copy, on a GPU by torch or by this project's kernel, whichever is faster; and of reading."""
+    tell("copy bandwidth")
+    copied = _copy_gbps(device, size, timer)
+    if device.type == "cpu":
+        return copied, None
+    if find_spec("triton") is None:
+        tell("no read bandwidth: Triton is not installed")
+        return copied, None
+    # Imported late: Triton need not be there to measure anything else.
+    from nsabench.measure.probe_kernels import copy, read_sum
+
+    tell("read bandwidth")
+    source = torch.zeros(size // 4, dtype=torch.int32, device=device)
+    target, total = torch.ones_like(source), torch.zeros(1, dtype=torch.int32, device=device)
+    own = 2 * size / _best_s(timer, lambda: copy(source, target)) * 1e-9
+    return max(copied, own), size / _best_s(timer, lambda: read_sum(source, total)) * 1e-9
 
 
 def _matrix_rate(device: torch.device, dtype: str, timer: Timer) -> float:

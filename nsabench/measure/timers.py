@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from nsabench.measure.device import MeasureError, QueueAhead, cache_flush, no_flush, resolve_device
 
 Step = Callable[[], object]
-TIMERS = ("cpu", "host", "event", "graph")
 
 _WARM_UP_STEPS = 3
 _WARM_UP_S = 1.0
@@ -28,7 +26,7 @@ class Timer(Protocol):
     """Times one step. One timer an arm: several may be prepared at once and sampled in turn."""
 
     name: str
-    """`cpu`, `host`, `event` or `graph`."""
+    """`cpu`, `host`, `event`, `graph` or `kineto`."""
     cache: str
     """`cold` or `warm`."""
     regime: str
@@ -36,7 +34,9 @@ class Timer(Protocol):
     warmup_ms: float
     """Host time of `prepare`: compilation, first calls, capture, calibration."""
     output: object
-    """What the last step returned; for `graph` the captured result, which every replay rewrites."""
+    """What the last step returned; for `graph` the captured result of the first copy, which every replay
+    rewrites.
+    """
     steps: int
     """Steps in all samples so far."""
     gated_steps: int
@@ -62,13 +62,13 @@ class CpuTimer:
         flush: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check_setting(cache, regime)
+        check_setting(cache, regime)
         self.cache = cache
         self.regime = regime
         self.warmup_ms = 0.0
         self.output: object = None
         self.steps = self.gated_steps = 0
-        self._flush = _flush_for(cache, torch.device("cpu"), flush)
+        self._flush = flush_for(cache, torch.device("cpu"), flush)
         self._clock = clock
         self._wait: Callable[[], None] = no_flush
         self._step: Step | None = None
@@ -76,12 +76,12 @@ class CpuTimer:
     def prepare(self, step: Step) -> None:
         self.output = None
         began = self._clock()
-        self.output = _warm_up(step, self._clock, self._wait)
+        self.output = warm_up(step, self._clock, self._wait)
         self.warmup_ms = (self._clock() - began) * 1e3
         self._step = step
 
     def sample(self, iters: int) -> float:
-        step = _ready(self._step, iters)
+        step = ready(self._step, iters)
         batches = (iters, 1) if self.regime == "latency" else (1, iters)
         total = 0.0
         with _collector_off():
@@ -113,8 +113,8 @@ class HostTimer(CpuTimer):
         api: Any = torch.cuda,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        where = _gpu(device, self.name, api)
-        super().__init__(cache=cache, regime=regime, flush=_flush_for(cache, where, flush, api), clock=clock)
+        where = gpu_of(device, self.name, api)
+        super().__init__(cache=cache, regime=regime, flush=flush_for(cache, where, flush, api), clock=clock)
         self._wait = lambda: api.synchronize(where)
 
 
@@ -137,8 +137,8 @@ class EventTimer:
         api: Any = torch.cuda,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        _check_setting(cache, regime)
-        self.device = _gpu(device, self.name, api)
+        check_setting(cache, regime)
+        self.device = gpu_of(device, self.name, api)
         self.cache = cache
         self.regime = regime
         self.warmup_ms = 0.0
@@ -146,8 +146,9 @@ class EventTimer:
         self.steps = self.gated_steps = 0
         self._api = api
         self._clock = clock
-        self._ahead = QueueAhead(before=_flush_for(cache, self.device, flush, api), api=api, clock=clock)
+        self._ahead = QueueAhead(before=flush_for(cache, self.device, flush, api), api=api, clock=clock)
         self._enqueue: Step | None = None
+        self._at_once = 1  # steps that are queued by one call
 
     def prepare(self, step: Step) -> None:
         self.output = self._enqueue = None
@@ -159,19 +160,20 @@ class EventTimer:
         self._enqueue = enqueue
 
     def sample(self, iters: int) -> float:
-        enqueue = _ready(self._enqueue, iters)
-        spans, steps = (iters, 1) if self.regime == "latency" else (1, iters)
+        enqueue = ready(self._enqueue, iters)
+        calls = -(-iters // self._at_once)
+        spans, calls_each = (calls, 1) if self.regime == "latency" else (1, calls)
         total = 0.0
         with self._api.device(self.device):
             for _ in range(spans):
-                span = self._ahead.measure(enqueue, steps)
+                span = self._ahead.measure(enqueue, calls_each)
                 total += span.ms
-                self.gated_steps += span.gated
-        self.steps += iters
-        return total / iters
+                self.gated_steps += span.gated * self._at_once
+        self.steps += calls * self._at_once
+        return total / (calls * self._at_once)
 
     def _make_enqueue(self, step: Step) -> Step:
-        _warm_up(step, self._clock, self._api.synchronize)
+        warm_up(step, self._clock, self._api.synchronize)
 
         def enqueue() -> None:
             self.output = None
@@ -185,23 +187,41 @@ class GraphTimer(EventTimer):
 
     `prepare` raises CaptureError for a step that a graph cannot hold (it waits for the device, copies to
     the host, allocates outside torch). The step's Python code does not run again after that.
+
+    Of a step shorter than a few replays cost, `prepare(step, *copies)` puts several into one graph, one after
+    the other: a step's time is that of the graph over their number, and `sample` takes whole graphs.
     """
 
     name = "graph"
 
+    def prepare(self, step: Step, *copies: Step) -> None:
+        self._copies, self._at_once = copies, 1 + len(copies)
+        self.outputs: tuple[object, ...] = ()
+        """What each of the steps in the graph returned."""
+        super().prepare(step)
+
+    def captured(self, step: Step) -> Step:
+        """What replays ``step`` alone, captured now, for who times it otherwise."""
+        self._copies = ()
+        with self._api.device(self.device):
+            return self._make_enqueue(step)
+
     def _make_enqueue(self, step: Step) -> Step:
         api = self._api
+        steps = (step, *self._copies)
         side = api.Stream()
         side.wait_stream(api.current_stream())
         with api.stream(side):
-            _warm_up(step, self._clock, api.synchronize)
+            warm_up(step, self._clock, api.synchronize)
+            for copy in dict.fromkeys(self._copies):
+                copy()
         api.current_stream().wait_stream(side)
         graph = api.CUDAGraph()
         failure: Exception | None = None
         try:
             with api.graph(graph):
                 try:
-                    self.output = step()
+                    self.outputs = tuple(one() for one in steps)
                 except Exception as error:
                     failure = error  # leaving the capture fails as well then, and hides why
                     raise
@@ -210,36 +230,13 @@ class GraphTimer(EventTimer):
             if isinstance(failure, torch.OutOfMemoryError) or not isinstance(failure, RuntimeError):
                 raise failure from None
             raise CaptureError(f"a CUDA graph cannot hold the step: {_first_line(failure)}") from failure
+        self.output = self.outputs[0]
         replay: Step = graph.replay
         return replay
 
 
-def make_timer(
-    kind: str,
-    device: str | torch.device,
-    cache: str,
-    regime: str = "latency",
-) -> Timer:
-    """The timer of that name for a device: `cpu` for the CPU; `host`, `event` or `graph` for a GPU."""
-    if kind not in TIMERS:
-        raise MeasureError(f"timer is {kind!r}; allowed: {', '.join(TIMERS)}")
-    if kind == "cpu":
-        if resolve_device(device).type != "cpu":
-            raise MeasureError(f"timer is 'cpu', but device is {str(device)!r}; allowed: host, event, graph")
-        return CpuTimer(cache=cache, regime=regime)
-    gpu_timers: dict[str, type[HostTimer] | type[EventTimer]]
-    gpu_timers = {"host": HostTimer, "event": EventTimer, "graph": GraphTimer}
-    return gpu_timers[kind](device, cache=cache, regime=regime)
-
-
-def choose_iters(step_ms: float, target_ms: float, *, limit: int = 10_000) -> int:
-    """Steps that fill `target_ms` when one takes `step_ms`: at least 1, at most `limit`."""
-    if not (math.isfinite(step_ms) and step_ms > 0):
-        raise MeasureError(f"a step takes {step_ms} ms; it must be finite and above 0")
-    return max(1, min(limit, math.ceil(target_ms / step_ms)))
-
-
-def _check_setting(cache: str, regime: str) -> None:
+def check_setting(cache: str, regime: str) -> None:
+    """MeasureError for a cache state or a regime that is none, and for two that exclude each other."""
     if cache not in ("cold", "warm"):
         raise MeasureError(f"cache is {cache!r}; allowed: cold, warm")
     if regime not in ("latency", "sustained"):
@@ -250,22 +247,25 @@ def _check_setting(cache: str, regime: str) -> None:
         )
 
 
-def _gpu(device: str | torch.device, timer: str, api: Any) -> torch.device:
+def gpu_of(device: str | torch.device, timer: str, api: Any) -> torch.device:
+    """The GPU a timer is for; MeasureError where `device` is none."""
     where = resolve_device(device, api=api)
     if where.type != "cuda":
         raise MeasureError(f"timer is {timer!r}, but device is {str(device)!r}; allowed: cuda, cuda:N")
     return where
 
 
-def _flush_for(
+def flush_for(
     cache: str, device: torch.device, flush: Callable[[], None] | None, api: Any = torch.cuda
 ) -> Callable[[], None]:
+    """What empties the cache before a step: nothing for `warm`."""
     if cache != "cold":
         return no_flush
     return flush or cache_flush(device, api=api)
 
 
-def _ready(step: Step | None, iters: int) -> Step:
+def ready(step: Step | None, iters: int) -> Step:
+    """The prepared step; MeasureError where there is none, or no steps are asked for."""
     if iters < 1:
         raise MeasureError(f"iters is {iters}; it must be at least 1")
     if step is None:
@@ -273,7 +273,7 @@ def _ready(step: Step | None, iters: int) -> Step:
     return step
 
 
-def _warm_up(step: Step, clock: Callable[[], float], wait: Callable[[], object]) -> object:
+def warm_up(step: Step, clock: Callable[[], float], wait: Callable[[], object]) -> object:
     """Run the step three times, or fewer once a second has passed."""
     began = clock()
     for _ in range(_WARM_UP_STEPS):

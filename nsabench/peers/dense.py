@@ -1,11 +1,12 @@
-"""Dense causal attention as one would run it today: torch's ``scaled_dot_product_attention`` over grouped KV
-heads, with a preallocated KV cache.
+"""A layer of dense causal attention, its preallocated KV cache, and torch's ``scaled_dot_product_attention``
+as one would call it today.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,35 +18,51 @@ KV = tuple[torch.Tensor, torch.Tensor]
 _NO_STAGE: AbstractContextManager[None] = nullcontext()
 
 
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+class Attend(Protocol):
     """Causal attention of the last ``T`` of ``S`` tokens: ``q (B,T,HQ,D), k (B,S,H,D), v (B,S,H,DV) -> o
-    (B,T,HQ,DV)``.
+    (B,T,HQ,DV)``. ``H`` divides ``HQ``; ``T`` is from 1 to ``S``; the scale is ``1/sqrt(D)``.
+    """
 
-    ``H`` divides ``HQ``; ``T`` is from 1 to ``S``. The scale is ``1/sqrt(D)``.
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """:class:`Attend` through whichever kernel torch picks."""
+    # Fused kernels want one head dim; without one of them the whole score matrix would be in memory.
+    return causal_sdpa(q, k, v, grouped=_takes_groups(q), one_width=True)
+
+
+def causal_sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, grouped: bool, one_width: bool
+) -> torch.Tensor:
+    """:class:`Attend` through torch's SDPA. ``grouped``: H heads go in as they are, else each is repeated for
+    its group; ``one_width``: D and DV are padded with zeros to the larger.
     """
     tokens, length, kv_heads = q.shape[1], k.shape[1], k.shape[2]
     key_dim, value_dim = q.shape[-1], v.shape[-1]
-    # Fused kernels want one head dim; without one of them the whole score matrix would be in memory.
-    width, scale = max(key_dim, value_dim), key_dim**-0.5
-    q, k, v = (_widened(t, width).transpose(1, 2) for t in (q, k, v))
+    scale = key_dim**-0.5
+    if one_width:
+        q, k, v = (widened(t, max(key_dim, value_dim)) for t in (q, k, v))
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     if tokens == 1:
         # A group's heads as rows of one product: `enable_gqa` would copy K and V for every head on a CPU.
-        rows = q.reshape(q.shape[0], kv_heads, -1, width)
-        o = scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
+        rows = q.reshape(q.shape[0], kv_heads, -1, q.shape[-1])
+        o = scaled_dot_product_attention(rows, k, v, scale=scale).reshape(*q.shape[:-1], v.shape[-1])
     else:
-        if not _takes_groups(q):
+        if not grouped:
             group = q.shape[1] // kv_heads
             k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-        grouped = k.shape[1] != q.shape[1]
+        fewer = k.shape[1] != q.shape[1]
         if tokens == length:
-            o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+            o = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=fewer)
         else:
             mask = causal_lower_right(tokens, length)
-            o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+            o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=fewer)
     return o.transpose(1, 2)[..., :value_dim]
 
 
-def _widened(t: torch.Tensor, width: int) -> torch.Tensor:
+def widened(t: torch.Tensor, width: int) -> torch.Tensor:
+    """``t`` with zeros up to ``width`` channels."""
     return t if t.shape[-1] == width else pad(t, (0, width - t.shape[-1]))
 
 
@@ -55,7 +72,8 @@ def _takes_groups(q: torch.Tensor) -> bool:
 
 
 class DenseCache:
-    """Keys and values of every token, head by head: ``(B,H,max_seq_len,D or DV)``, in memory taken once.
+    """Keys and values of every token, in memory taken once: head by head, ``(B,H,max_seq_len,D or DV)``, or
+    with ``tokens_first`` token by token, ``(B,max_seq_len,H,D or DV)``.
 
     ``keep_graph``: let gradients flow through it; rows are then concatenated at each append.
     """
@@ -71,12 +89,14 @@ class DenseCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         keep_graph: bool = False,
+        tokens_first: bool = False,
     ) -> None:
         self.max_seq_len, self.keep_graph, self.length = max_seq_len, keep_graph, 0
+        self._axis = 1 if tokens_first else 2
         rows = 0 if keep_graph else max_seq_len
+        sizes = (rows, kv_heads) if tokens_first else (kv_heads, rows)
         self._data = [
-            torch.zeros(batch_size, kv_heads, rows, dim, dtype=dtype, device=device)
-            for dim in (key_dim, value_dim)
+            torch.zeros(batch_size, *sizes, dim, dtype=dtype, device=device) for dim in (key_dim, value_dim)
         ]
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> KV:
@@ -90,13 +110,18 @@ class DenseCache:
                 f"the cache is full: {self.length} + {k.shape[1]} tokens, max_seq_len is {self.max_seq_len}"
             )
         for i, new in enumerate((k, v)):
-            rows = new.transpose(1, 2)
+            rows, before = self._by_token(new), self._data[i].narrow(self._axis, 0, self.length)
             if self.keep_graph:
-                self._data[i] = torch.cat([self._data[i][:, :, : self.length], rows], 2)
+                self._data[i] = torch.cat([before, rows], self._axis)
             else:
-                self._data[i][:, :, self.length : end] = rows
+                self._data[i].narrow(self._axis, self.length, k.shape[1]).copy_(rows)
         self.length = end
-        return self._data[0][:, :, :end].transpose(1, 2), self._data[1][:, :, :end].transpose(1, 2)
+        keys, values = (self._by_token(t.narrow(self._axis, 0, end)) for t in self._data)
+        return keys, values
+
+    def _by_token(self, t: torch.Tensor) -> torch.Tensor:
+        """Between ``(B,T,H,D)`` and the order of the cache."""
+        return t if self._axis == 1 else t.transpose(1, 2)
 
     def checkpoint(self) -> int:
         """The present state, for :meth:`rollback`."""
@@ -121,8 +146,8 @@ class DenseAttention(nn.Module):
     """One layer of dense causal attention: q, k, v and output projections, rotary positions (half-split
     pairs, ``key_dim`` even), grouped KV heads.
 
-    ``stage`` is called with ``proj`` around projections and rotation and returns a context; what is outside
-    it is the attention and its cache.
+    ``attend`` computes the attention. ``stage`` is called with ``proj`` around projections and rotation and
+    returns a context; what is outside it is the attention and its cache.
     """
 
     def __init__(
@@ -134,6 +159,7 @@ class DenseAttention(nn.Module):
         value_dim: int,
         *,
         max_seq_len: int,
+        attend: Attend = dense_attention,
         rope: float = 10000.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -144,6 +170,7 @@ class DenseAttention(nn.Module):
         if key_dim % 2:
             raise ValueError(f"rotary positions need an even key_dim, got {key_dim}")
         self.kv_heads, self.key_dim, self.value_dim = kv_heads, key_dim, value_dim
+        self.attend = attend
         self._sizes = [(heads + kv_heads) * key_dim, kv_heads * value_dim]
         self.qkv = nn.Linear(dim, sum(self._sizes), bias=False)
         self.out = nn.Linear(heads * value_dim, dim, bias=False)
@@ -158,13 +185,13 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: DenseCache | None = None) -> torch.Tensor:
         """``x (B,T,dim) -> y (B,T,dim)``; with a cache, ``x`` continues the tokens that it holds."""
-        o = dense_attention(**self.attention_inputs(x, cache))
+        o = self.attend(**self.attention_inputs(x, cache))
         with self.stage("proj"):
             y: torch.Tensor = self.out(o.flatten(2))
         return y
 
     def attention_inputs(self, x: torch.Tensor, cache: DenseCache | None = None) -> dict[str, torch.Tensor]:
-        """q, k and v of :func:`dense_attention` for ``x``; a cache grows by T."""
+        """q, k and v of :class:`Attend` for ``x``; a cache grows by T."""
         start = 0 if cache is None else cache.length
         with self.stage("proj"):
             rotated, values = self.qkv(x).split(self._sizes, -1)

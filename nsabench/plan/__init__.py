@@ -2,7 +2,7 @@
 
 from nsabench.plan.axes import PlanError, nearest, parse_duration, parse_ints, parse_routes
 from nsabench.plan.cells import BASELINES, IMPLS, Cell, groups, sweep
-from nsabench.plan.declaration import AXES, CACHES, TIMERS
+from nsabench.plan.declaration import AXES, CACHES, REGIMES, TIMERS
 from nsabench.plan.order import informative
 from nsabench.plan.suite import Suite, Sweep, cells_of, tags_of, unmeasured
 from nsabench.plan.suite_files import (
@@ -20,6 +20,7 @@ __all__ = [
     "BASELINES",
     "CACHES",
     "IMPLS",
+    "REGIMES",
     "TIMERS",
     "Cell",
     "PlanError",

@@ -21,11 +21,20 @@ _PATTERN = {
     "impl": r"\S+",
     "route": r"\S+",
 }
-IMPLS = ("nsa", "dense")
-"""What can be measured: NSA itself, and dense causal attention of the same shape."""
+IMPLS = (
+    "nsa",
+    "dense",
+    *(f"dense:{kernel}" for kernel in ("flash", "cudnn", "efficient", "math", "flex", "fa2", "fa3", "fa4")),
+)
+"""What can be measured: NSA itself, and dense causal attention of the same shape, by the kernel that torch
+picks or by one of a name.
+"""
 
 BASELINES = IMPLS[1:]
 """What NSA is compared with. A baseline has no route: its cells say ``auto``."""
+
+ALL = "all"
+"""Stands for every baseline."""
 
 _LATER: dict[str, Any] = {"scope": "module", "twin": 0}
 """Fields that the first stored plans lack, and what those plans meant."""
@@ -126,10 +135,11 @@ def sweep(
     routes: list[str],
     passes: list[str],
     baselines: Sequence[str] = (),
+    impls: Sequence[str] = ("nsa",),
     **fixed: Any,
 ) -> list[Cell]:
     """Every combination, ordered by B, then passes, then S, with the arms of one shape adjacent: the routes
-    as given, then the `baselines`, which are impls of the same shape.
+    as given if `impls` has `nsa`, then its other names, then the `baselines`; `all` stands for each baseline.
 
     `fixed` holds the other fields of Cell; those with a default may be left out. Duplicates on an axis are
     dropped. PlanError for an empty axis, and as `Cell.from_dict`.
@@ -139,7 +149,8 @@ def sweep(
         if not values:
             raise PlanError(f"sweep: {name} is empty; give at least one value")
     fixed = {"impl": "nsa", "selection": "natural", **fixed}
-    arms = [{"route": route} for route in routes] + [{"impl": name, "route": "auto"} for name in baselines]
+    arms = [{"route": route} for route in routes if "nsa" in impls]
+    arms += [{"impl": name, "route": "auto"} for name in spelled_out((*impls, *baselines)) if name != "nsa"]
     cells = [
         Cell.from_dict({**fixed, "B": b, "passes": p, "S": s, **arm})
         for b in dict.fromkeys(B)
@@ -148,6 +159,11 @@ def sweep(
         for arm in arms
     ]
     return list(dict.fromkeys(cells))
+
+
+def spelled_out(names: Iterable[str]) -> list[str]:
+    """The names of impls, each once, with `all` as every baseline that it stands for."""
+    return list(dict.fromkeys(one for name in names for one in (BASELINES if name == ALL else (name,))))
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:

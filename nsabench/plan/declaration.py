@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from nsabench.plan.cells import BASELINES, allowed, pattern
+from nsabench.plan.cells import ALL, BASELINES, IMPLS, allowed, pattern
 from nsabench.plan.kinds import (
     Choice,
     Duration,
     Flag,
     Kind,
+    Names,
     Number,
     Routes,
     Sizes,
@@ -18,8 +19,9 @@ from nsabench.plan.kinds import (
     Words,
 )
 
-TIMERS = ("auto", "cpu", "event", "graph")
+TIMERS = ("auto", "cpu", "host", "event", "graph")
 CACHES = ("auto", "cold", "warm")
+REGIMES = ("latency", "sustained")
 PHASES = ("decode", "prefill")
 
 
@@ -46,7 +48,9 @@ SHAPE: dict[str, Kind] = {
         ("auto",),
     ),
     "scope": _words("scope", "What is timed: module, the layer, or core, the attention alone.", ("module",)),
-    "selection": _words("selection", "How blocks come to be selected.", ("natural",)),
+    "selection": _words(
+        "selection", "How blocks come to be selected; the scores are computed in any case.", ("natural",)
+    ),
     "seed": Sizes("Seed of weights, inputs and the order in a round.", minimum=0, default=(0,)),
 }
 AXES: dict[str, Kind] = {
@@ -55,10 +59,10 @@ AXES: dict[str, Kind] = {
     "routes": Routes("Routes of NSA to measure side by side.", ("auto",)),
     "passes": _words("passes", "Passes of a prefill.", ("fwd",)),
     "mode": _words("mode", "How a prefill feeds its prompt.", ("batched",)),
-    "baselines": Words(
-        "What to measure beside NSA in the same rounds; none stands for nothing.",
-        "|".join((*BASELINES, "none")),
-        ", ".join((*BASELINES, "none")),
+    "impl": Names("What to measure: nsa by its routes, or a dense attention.", (*IMPLS, ALL), ("nsa",)),
+    "baselines": Names(
+        "Dense attention to measure beside it in the same rounds; all is each kind, none stands for nothing.",
+        (*BASELINES, ALL, "none"),
         ("none",),
     ),
     **SHAPE,
@@ -73,6 +77,7 @@ POLICY: dict[str, Kind] = {
     "sample_ms": Number("Steps are repeated to fill this many ms a sample.", 60_000),
     "timer": Choice("What times a step; auto: by device and phase.", TIMERS),
     "cache": Choice("Last-level cache before a step; auto: cold for decode, else warm.", CACHES),
+    "regime": Choice("latency: one step at a time; sustained: back to back.", REGIMES),
     "shares": Flag("Measure each stage inside the step."),
     "alone": Flag("Measure each branch run by itself."),
     "share_runs": Whole("Steps in which stages are measured.", 1, 10_000),

@@ -200,6 +200,29 @@ class Words:
 
 
 @dataclass(frozen=True)
+class Names:
+    """Names of a list: one, several in one text with commas between, or a list; of an unknown one the
+    nearest is named.
+    """
+
+    about: str
+    names: tuple[str, ...]
+    default: tuple[str, ...] | None = None
+
+    def read(self, value: object, where: str) -> tuple[str, ...]:
+        for word in (found := self._words().read(value, where)):
+            if word not in self.names:
+                raise PlanError(f"{where}: {word!r} is unknown; {nearest(word, self.names)}")
+        return found
+
+    def schema(self) -> dict[str, Any]:
+        return self._words("|".join(self.names)).schema()
+
+    def _words(self, pattern: str = r"\S+") -> Words:
+        return Words(self.about, pattern, ", ".join(self.names), self.default)
+
+
+@dataclass(frozen=True)
 class Routes:
     """Routes: text with semicolons between, or a list. Whether one exists is for the route table to say."""
 

@@ -59,6 +59,7 @@ class Sweep:
                 routes=axes["routes"],
                 passes=axes["passes"],
                 baselines=[name for name in axes["baselines"] if name != "none"],
+                impls=axes["impl"],
                 phase=self.phase,
                 **{**fixed, "dv": given.get("dv", fixed["dk"])},
             )
@@ -106,8 +107,11 @@ class Suite:
         for name in axes.keys() & PREFILL_ONLY.keys():
             if "prefill" not in phases:
                 raise PlanError(f"{option(name)}: no sweep of the suite is a prefill")
+        # What is measured instead of NSA has no routes, whatever those of NSA were.
+        dropped = {"routes"} if "nsa" not in axes.get("impl", ("nsa",)) else set()
         changed = [
-            own | {a: v for a, v in axes.items() if own["phase"] == "prefill" or a not in PREFILL_ONLY}
+            {a: v for a, v in own.items() if a not in dropped}
+            | {a: v for a, v in axes.items() if own["phase"] == "prefill" or a not in PREFILL_ONLY}
             for own in self.sweeps
         ]
         for own in changed:
@@ -186,6 +190,9 @@ def _refuse_contradictions(own: Mapping[str, Any], name: Callable[[str], str]) -
     for axis, only in PREFILL_ONLY.items():
         if own["phase"] == "decode" and own.get(axis, (only,)) != (only,):
             raise PlanError(f"{name(axis)}: decode has only {only}")
+    impls = own.get("impl", ("nsa",))
+    if "routes" in own and "nsa" not in impls:
+        raise PlanError(f"{name('routes')}: {','.join(impls)} has no routes; leave it out, or add nsa")
     baselines = own.get("baselines", ())
     if "none" in baselines and len(baselines) > 1:
         raise PlanError(f"{name('baselines')}: {','.join(baselines)!r}; none goes alone")

@@ -29,8 +29,8 @@ def plain_row(row: Row) -> dict[str, Any]:
 def cell_line(cell: Compared) -> str:
     """The cell in one plain line, for a pipe or a log."""
     row = cell.row
-    scope = " core" if row["scope"] == "core" else ""
-    head = f"{fields_text(row, ('phase', 'passes', 'S', 'B'))}{scope} {arm_text(row)}: {row['status']}"
+    told = [name for name, usual in (("scope", "module"), ("selection", "natural")) if row[name] != usual]
+    head = f"{fields_text(row, ('phase', 'passes', 'S', 'B', *told))} {arm_text(row)}: {row['status']}"
     if row["status"] != "ok":
         return f"{head}: {row['reason']}"
     parts = [f"{scaled(row['ms_total'])} ms{_in_brackets(time_range(row))}"]
@@ -51,13 +51,22 @@ def cell_line(cell: Compared) -> str:
     return f"{head}, {', '.join(parts)}"
 
 
-def last_line(shape: Sequence[Compared]) -> str:
-    """The last of the cells of one shape in one plain line; of dense attention also how it compares."""
-    line = cell_line(shape[-1])
-    if shape[-1].dense is not shape[-1].row:
+def last_line(shape: Sequence[Compared], complete: bool = True) -> str:
+    """The last of the cells of one shape in one plain line; of a `complete` shape with dense attention also
+    how the others compare to the fastest of it, by name where that is another cell.
+    """
+    last = shape[-1]
+    line = cell_line(last)
+    dense = [cell for cell in shape if is_dense(cell.row)]
+    if not complete or not is_dense(last.row) or not dense[0].dense_name:
         return line
-    faster = [f"{arm_text(c.row)} {ratio_text(c.x_dense.point)}x" for c in shape if c.x_dense is not None]
-    return f"{line}; relative to it: {', '.join(faster)}" if faster else line
+    faster = [
+        f"{arm_text(c.row)} {ratio_text(c.x_dense.point)}x"
+        for c in shape
+        if c.x_dense is not None and not is_dense(c.row)
+    ]
+    it = "relative to it" if len(dense) == 1 else f"relative to {last.dense_name}, the fastest dense"
+    return f"{line}; {it}: {', '.join(faster)}" if faster else line
 
 
 def scaled(value: float | None, factor: float = 1.0) -> str:

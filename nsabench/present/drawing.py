@@ -103,7 +103,7 @@ def value_figure(panel: Panel, lines: Sequence[Line], what: str, scale: Scale) -
     failing = [line for line in lines if any(m.status != "ok" for m in line.marks)]
     widths = [min(len(known) - 1 - i, 4) if scale.nested else 0 for i in range(len(known))]
     handles = [*_handles(known, widths), *(cross for line in failing for cross in _crosses(line))]
-    columns = _legend_columns([str(handle.get_label()) for handle in handles])
+    columns = legend_columns([str(handle.get_label()) for handle in handles])
     legend_rows = math.ceil(len(handles) / columns)
     body_inches = 4.1 + _LEGEND_ROW_INCHES * max(0, legend_rows - 2)
     figure = new_figure(panel, what, body_inches)
@@ -136,7 +136,26 @@ def _place(axes: Axes, tick_characters: int, legend_rows: int, body_inches: floa
     axes.set_position((left, bottom, 0.985 - left, (body_inches - 0.08) / height - bottom))
 
 
-def _legend_columns(labels: Sequence[str]) -> int:
+def place_grid(figure: Figure, rows: int, columns: int, more_lines: int, body_inches: float) -> None:
+    """Put a grid of axes that share their y axis between header and a legend of one row, with room for their
+    x labels and titles of one line and `more_lines`. By arithmetic, as one pair of axes is put.
+    """
+    figure.set_layout_engine(None)
+    height = figure.get_figheight()
+    titles, labels, legend = 0.28 + 0.17 * more_lines, 0.48, 0.36
+    each = (body_inches - legend) / rows - titles - labels
+    wide = (0.985 * WIDTH_INCHES - 0.72 - 0.16 * (columns - 1)) / columns
+    figure.subplots_adjust(
+        left=0.72 / WIDTH_INCHES,
+        right=0.985,
+        bottom=(legend + labels) / height,
+        top=(body_inches - titles) / height,
+        wspace=0.16 / wide,
+        hspace=(titles + labels) / each,
+    )
+
+
+def legend_columns(labels: Sequence[str]) -> int:
     """The most columns, up to four, in which the labels have room side by side."""
     for columns in (4, 3, 2):
         parts = np.array_split(list(map(len, labels)), min(columns, len(labels)))

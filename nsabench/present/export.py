@@ -46,6 +46,7 @@ _ADDED = (
             ("_hi", ": upper end of the 95 % interval"),
         )
     ),
+    Column("x_dense_baseline", "str", "text", "the dense attention that x_dense is relative to: the fastest"),
     Column("created", "str", "text", "when the run was made, UTC"),
     Column("commit", "str", "text", "commit of the code measured"),
     Column("machine", "str", "text", "model of the CPU or GPU"),
@@ -143,7 +144,8 @@ def _flat_run(run: Summary, statuses: Mapping[str, None]) -> dict[str, Any]:
 
 def _flat(collected: Collected, cell: Compared) -> dict[str, Any]:
     origin = _origin(collected, cell) | {"tags": " ".join(_tags(collected, cell))}
-    return cell.row | _ends("speed", cell.speed) | _ends("x_dense", cell.x_dense) | origin
+    named = {"x_dense_baseline": cell.dense_name if cell.x_dense is not None else None}
+    return cell.row | _ends("speed", cell.speed) | _ends("x_dense", cell.x_dense) | named | origin
 
 
 def _ends(name: str, speed: Interval | None) -> dict[str, float | None]:

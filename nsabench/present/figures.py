@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from nsabench.present.drawing import Line, Mark, Scale, new_figure, value_figure
+from nsabench.present.drawing import Line, Mark, Scale, new_figure, place_grid, value_figure
 from nsabench.present.frame import Row, is_dense, shares_of
 from nsabench.present.pairing import Compared
 from nsabench.present.panels import Panel, Series
@@ -50,8 +51,27 @@ def speed_figure(panel: Panel, styles: Styles) -> Figure | None:
 
 
 def dense_figure(panel: Panel, styles: Styles) -> Figure | None:
-    """Speed relative to dense attention over S with its 95 % interval; None where none was measured."""
-    return _ratio_figure(panel, styles, "dense", lambda cell: cell.x_dense)
+    """Speed relative to the fastest dense attention over S, which is named, with its 95 % interval.
+
+    None where none was measured.
+    """
+    at: dict[str, dict[int, None]] = {}
+    for cell in (cell for series in panel.series for cell in series.cells if cell.x_dense is not None):
+        at.setdefault(cell.dense_name, {})[cell.row["S"]] = None
+    if len(at) == 1 and sum(is_dense(s.cells[0].row) for s in panel.series) == 1:
+        return _ratio_figure(panel, styles, next(iter(at)), lambda cell: cell.x_dense)
+    where = (f"{name} at {', '.join(map(tokens_text, sorted(sizes)))}" for name, sizes in at.items())
+    panel = replace(panel, subtitle=(*panel.subtitle, f"fastest dense attention: {'; '.join(where)}"))
+    if len(at) == 1:
+        return _ratio_figure(panel, styles, next(iter(at)), lambda cell: cell.x_dense)
+    # What is the fastest at some S only is 1 there: its line would have gaps.
+    one = Interval(1.0, None, None, 0)
+    return _ratio_figure(
+        panel,
+        styles,
+        "the fastest dense",
+        lambda cell: one if cell.dense_name and cell.dense is cell.row else cell.x_dense,
+    )
 
 
 def _ratio_figure(
@@ -109,26 +129,36 @@ def shares_figure(panel: Panel, styles: Styles) -> Figure | None:
     what = "share of each stage in the time of one step"
     if len(shown) > _MOST_SHARES:
         last = max(s.run for s in shown)
-        what += f" in {panel.runs[last]}" if len(panel.runs) > 1 else ""
+        what += ", the last run" if len(panel.runs) > 1 else ""
         shown = [s for s in shown if s.run == last]
         if len(shown) > _MOST_SHARES:
             what += f", {_MOST_SHARES} of {len(shown)} routes"
             shown = shown[:_MOST_SHARES]
     columns = min(2 if len(panel.sizes) > 3 else 4, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = new_figure(panel, what, 0.5 + 2.6 * rows)
+    titles = ["\n".join(folded(series.label, 80 // columns)) for series in shown]
+    body_inches = 0.5 + 2.6 * rows
+    figure = new_figure(panel, what, body_inches)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    place_grid(figure, rows, columns, max(title.count("\n") for title in titles), body_inches)
     used: set[str] = set()
-    for axes, series in zip(grid.flat, shown, strict=False):
+    for axes, series, title in zip(grid.flat, shown, titles, strict=False):
         used |= _stacked_bars(axes, series, panel.sizes)
-        axes.set_title("\n".join(folded(series.label, 80 // columns)), fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("S, tokens")
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
         axes.set_ylabel("% of the step")
     handles = [Patch(color=STAGE_COLOURS[stage], label=stage) for stage in STAGES if stage in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, handlelength=1.0, columnspacing=1.2)
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=8,
+        handlelength=1.0,
+        columnspacing=1.2,
+    )
     return figure
 
 

@@ -45,6 +45,11 @@ def shape_key(row: Row) -> tuple[Any, ...]:
     return (row["run_id"], *(row[f] for f in SHAPE))
 
 
+def conditions_of(row: Row) -> str:
+    """Regime, cache and timer of a measured row: times under two of these are never put in one ratio."""
+    return " ".join(filter(None, (row["regime"], row["cache"], row["timer"])))
+
+
 def is_dense(row: Mapping[str, Any]) -> bool:
     """Whether the row is of dense attention, in whatever implementation."""
     return str(row["impl"]).partition(":")[0] == "dense"
@@ -80,12 +85,17 @@ def baselines(rows: Sequence[Row], order: Order = ()) -> list[Row | None]:
 
 
 def dense_rows(rows: Sequence[Row]) -> list[Row | None]:
-    """For each row, the first dense row of its shape, be it the row itself; None where there is none."""
-    first: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        if is_dense(row):
-            first.setdefault(shape_key(row), row)
-    return [first.get(shape_key(row)) for row in rows] if first else [None] * len(rows)
+    """For each row, the fastest dense row of its shape that is ok, be it the row itself; where none is ok,
+    the first dense one, and None where there is none.
+    """
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(filter(is_dense, rows), key=_dense_ms):
+        best.setdefault(shape_key(row), row)
+    return [best.get(shape_key(row)) for row in rows] if best else [None] * len(rows)
+
+
+def _dense_ms(row: Row) -> float:
+    return float(row["ms_total"]) if row["status"] == "ok" and row["ms_total"] else math.inf
 
 
 def shares_of(row: Row) -> dict[str, float] | None:

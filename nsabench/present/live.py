@@ -15,6 +15,7 @@ from rich.text import Text
 
 from nsabench.plan.cells import Cell
 from nsabench.present.cell_text import last_line, plain_row
+from nsabench.present.disturbances import row_notes
 from nsabench.present.frame import Row, cell_rows, is_dense, shape_key
 from nsabench.present.pairing import compare
 from nsabench.present.tables import cells_table
@@ -105,7 +106,7 @@ class SweepView:
             self._json.write(json.dumps(plain_row(clean), allow_nan=False) + "\n")
             self._json.flush()
         if self._live is None:
-            line = last_line(compare(same_shape, order=self._order))
+            line = last_line(compare(same_shape, order=self._order), complete=not left)
             width = len(str(self._total))
             self._print(f"[{len(self._rows):{width}}/{self._total}] {line}")
             return
@@ -126,6 +127,9 @@ class SweepView:
                 self._console.print(self._cells_table(self._rows, samples, last=MOST_LISTED))
             if len(self._rows) > MOST_LISTED:
                 self._print(f"these are the last {MOST_LISTED} cells; nsabench results shows all")
+        else:
+            for text in row_notes(self._rows):
+                self._print(text)
         counts = f" ({count_text(self._rows)})" if self._rows else ""
         took = duration_text(self._clock() - self._started)
         self._print(f"{len(self._rows)} of {self._total} cells{counts} in {took}")
@@ -193,6 +197,7 @@ def _group_text(group: Sequence[Cell]) -> str:
     cells = [cell.to_dict() for cell in group]
     routes = [cell["route"] for cell in cells if not is_dense(cell)]
     others = [arm_text(cell) for cell in cells if is_dense(cell)]
+    others = [f"{len(others)} dense attentions"] if len(others) > 3 else others
     arms = [f"{len(routes)} routes"] if len(routes) > 1 else routes
     core = " core" if fields["scope"] == "core" else ""
     return f"{fields_text(fields, ('phase', 'passes', 'S', 'B'))}{core}, {', '.join(arms + others)}"

@@ -2,15 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from nsabench.present.frame import Order, Row, baselines, dense_rows
+from nsabench.present.disturbances import is_dropped
+from nsabench.present.frame import Order, Row, baselines, conditions_of, dense_rows
+from nsabench.present.wording import arm_text
 from nsabench.stats import Interval, paired_ratios
 
 _KINDS = {"emit": 1, "plain": 2}
+
+_ROUND_BITS = 32
+"""Of a round's number within a run: below them is its number within its process, above them the process."""
 
 _Key = tuple[str, str]
 
@@ -19,9 +25,9 @@ _Key = tuple[str, str]
 class Compared:
     """A cell, what it is compared with, and its speed relative to that: above 1 it is the faster one.
 
-    `base` is the first route of its shape and `dense` the dense attention of its shape; each may be the cell
-    itself, and is None where there is none. `speed` and `x_dense` are None for the cell itself, and unless
-    both cells are ok.
+    `base` is the first route of its shape and `dense` the fastest dense attention of its shape; each may be
+    the cell itself, and is None where there is none. `speed` and `x_dense` are None for the cell itself, and
+    unless both cells are ok and were timed in one regime, cache state and way.
     """
 
     row: Row
@@ -29,6 +35,11 @@ class Compared:
     speed: Interval | None
     dense: Row | None
     x_dense: Interval | None
+
+    @property
+    def dense_name(self) -> str:
+        """Which dense attention that is; empty where none is ok."""
+        return arm_text(self.dense) if self.dense is not None and self.dense["status"] == "ok" else ""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,14 @@ class Rounds:
     numbers: npt.NDArray[np.int64]
     ms: npt.NDArray[np.float64]
     positions: npt.NDArray[np.float64]
+
+
+class Shared(NamedTuple):
+    """Rounds that two cells share: the times of each in ms, and which process measured the pair."""
+
+    a: npt.NDArray[np.float64]
+    b: npt.NDArray[np.float64]
+    processes: npt.NDArray[np.int64]
 
 
 def compare(rows: Sequence[Row], samples: pd.DataFrame | None = None, order: Order = ()) -> list[Compared]:
@@ -64,12 +83,15 @@ def _speeds(
         found.append(None)
         if other is None or other is row or not (_timed(row) and _timed(other)):
             continue
+        if conditions_of(row) != conditions_of(other):
+            continue
         found[-1] = Interval(other["ms_total"] / row["ms_total"], None, None, 0)
         pair = shared_rounds(*(rounds.get((r["run_id"], r["cell_id"])) for r in (other, row)))
         if pair is not None:
             places.append(len(found) - 1)
             pairs.append(pair)
-    for place, interval in zip(places, paired_ratios(pairs), strict=True):
+    ratios = paired_ratios([(pair.a, pair.b) for pair in pairs], processes=[pair.processes for pair in pairs])
+    for place, interval in zip(places, ratios, strict=True):
         found[place] = interval
     return found
 
@@ -78,9 +100,7 @@ def _timed(row: Row) -> bool:
     return bool(row["status"] == "ok" and row["ms_total"])
 
 
-def shared_rounds(
-    a: Rounds | None, b: Rounds | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+def shared_rounds(a: Rounds | None, b: Rounds | None) -> Shared | None:
     """The two cells' times in the rounds they share; None where those prove nothing."""
     if a is None or b is None:
         return None
@@ -88,11 +108,12 @@ def shared_rounds(
     # Two arms at one place of one round were not visited in turn: the pairs of such rounds prove nothing.
     if not len(in_a) or (a.positions[in_a] == b.positions[in_b]).any():
         return None
-    return a.ms[in_a], b.ms[in_b]
+    return Shared(a.ms[in_a], b.ms[in_b], a.numbers[in_a] >> _ROUND_BITS)
 
 
 def rounds_of(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, Rounds]:
-    """The rounds of every cell; decode's two kinds of step weighted as they occur."""
+    """The rounds of every cell that count; decode's two kinds of step weighted as they occur."""
+    samples = samples[~is_dropped(samples)]
     cell = samples.groupby(["run_id", "cell_id"], sort=False).ngroup().to_numpy()
     kind = samples["variant"].map(_KINDS).fillna(0).to_numpy()
     times = pd.DataFrame(
@@ -109,7 +130,7 @@ def rounds_of(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, Rounds]:
 
     known = ~np.isnan(total) & ~np.isnan(place)
     numbers = (
-        ms.index.get_level_values("process").to_numpy(dtype=np.int64) << 32
+        ms.index.get_level_values("process").to_numpy(dtype=np.int64) << _ROUND_BITS
     ) + ms.index.get_level_values("round").to_numpy(dtype=np.int64)
     ends = np.searchsorted(of_round[known], np.arange(len(keys) + 1))
     parts = (numbers[known], total[known], place[known])

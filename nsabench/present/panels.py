@@ -1,6 +1,6 @@
 """Which cells stand together in one figure, what that figure's title says, and what it leaves out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -184,7 +184,7 @@ def _panel(name: str, part: Sequence[Member], group: _Group) -> Panel:
         older += len(runs) - len(latest)
         runs = [run for run in runs if any(run is other for other in latest)]
         part = [m for m in part if any(m.run is run for run in runs)]
-    shown = _shown(arms, max(1, MOST_LINES // len(runs)))
+    shown = _shown(arms, max(1, MOST_LINES // len(runs)), {m.cell.dense_name for m in part})
     left_out = [f"{older} earlier runs"] if older else []
     if len(shown) < len(arms):
         hidden = [arm for arm in arms if arm not in shown]
@@ -210,12 +210,11 @@ def _arms(runs: Sequence[Run], part: Sequence[Member]) -> list[str]:
     return list(dict.fromkeys([*planned, *sparse, *dense]))
 
 
-def _shown(arms: Sequence[str], most: int) -> list[str]:
-    """The first `most`, but always what the others are compared with, which stands last."""
-    if len(arms) <= most:
-        return list(arms)
-    last = arms[-1:] if arms[-1].partition(":")[0] == "dense" and most > 1 else []
-    return [*arms[: most - len(last)], *last]
+def _shown(arms: Sequence[str], most: int, compared_with: Collection[str]) -> list[str]:
+    """The first `most`, but always what the others are compared with, as far as there is room for more."""
+    needed = [arm for arm in arms if arm in compared_with][: most - 1]
+    rest = [arm for arm in arms if arm not in needed][: most - len(needed)]
+    return [arm for arm in arms if arm in needed or arm in rest]
 
 
 def _series(

@@ -1,7 +1,11 @@
 """Figures of stored runs: made from their files alone, without a display, the same bytes every time."""
 
+import multiprocessing
+import signal
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,9 +16,11 @@ from nsabench.present.figures import dense_figure, memory_figure, shares_figure,
 from nsabench.present.forest import forest_figure
 from nsabench.present.frame import PresentError
 from nsabench.present.panels import MOST_PANELS, Keep, Panel, make_panels
+from nsabench.present.roofline import Source, roofline_figure, sources_of
 from nsabench.present.style import RouteStyle, figure_style, lay_out, route_styles
+from nsabench.present.telemetry import telemetry_figure
 from nsabench.present.verdicts import Comparison, findings_of
-from nsabench.store import DiskError, RunCells
+from nsabench.store import DiskError, Run, RunCells
 from nsabench.store.files import disk_error
 
 _FIGURES: dict[str, Callable[[Panel, Mapping[str, RouteStyle]], Figure | None]] = {
@@ -45,16 +51,19 @@ def plot_run(
     keep: Keep | None = None,
     most: int = MOST_PANELS,
     note: Callable[[str], object] = lambda text: None,
+    helper: ProcessPoolExecutor | None = None,
 ) -> list[Path]:
     """Draw the run, or several in the same figures, into the folder `out`; returns the files written.
 
     Of a run given without its samples (`load_cells`) they are read if it is drawn.
 
-    They are `<name>-time`, `-shares` (where stages were measured), `-memory`, `-speed` (with several routes)
-    and `-dense` (where dense attention was measured). `<name>` is the phase, followed by passes, mode, scope
-    and B where they are not fwd, batched, module and 1, and by whatever else tells two shapes of these runs
-    apart. A comparison has `compare` too. Runs that share a figure differ by their dashes. `keep` and `most`:
-    see `make_panels`; what is left out for the sake of reading goes line by line to `note`.
+    They are `<name>-time`, `-shares` (where stages were measured), `-memory`, `-speed` (with several routes),
+    `-dense` (where dense attention was measured) and `-roofline` (where peaks were, and of a profile).
+    `<name>` is the phase, followed by passes, mode, scope and B where they are not fwd, batched, module and
+    1, and by whatever else tells two shapes of these runs apart. A comparison has `compare` too, and a run
+    that is drawn alone `telemetry`. Runs that share a figure differ by their dashes. `keep` and `most`: see
+    `make_panels`; what is left out for the sake of reading goes line by line to `note`.
+    `helper`: see `second_process`.
 
     PresentError, with nothing drawn, for a format other than png and svg, for no run, and when no cell is ok;
     also when a file cannot be written; DiskError where the disk is full.
@@ -62,22 +71,91 @@ def plot_run(
     unknown = [f for f in formats if f not in _WRITERS]
     if unknown or not formats:
         raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(_WRITERS)}")
-    panels, left_out = make_panels([run] if isinstance(run, RunCells) else list(run), keep, most)
+    runs = [run] if isinstance(run, RunCells) else list(run)
+    if len(runs) == 1:
+        runs = [runs[0].whole()]
+    panels, left_out = make_panels(runs, keep, most)
     styles = route_styles(series.arm for panel in panels for series in panel.series)
-    written: list[Path] = []
-    with figure_style():
-        for panel in panels:
-            for what, draw in _FIGURES.items():
-                figure = draw(panel, styles)
-                if figure is not None:
-                    lay_out(figure)
-                    written += [_save(figure, Path(out) / f"{panel.name}-{what}.{f}") for f in formats]
+    tasks = [(panel, what, styles, Path(out), tuple(formats)) for panel in panels for what in _FIGURES]
+    written = _drawn(tasks, helper)
+    written += _plot_rooflines(panels, styles, sources_of(runs), Path(out), formats)
     for text in left_out:
         note(text)
-    for one in [run] if isinstance(run, RunCells) else run:
+    for one in runs:
         if "comparison" in one.info:
             written += plot_comparison(findings_of(one.whole()), Path(out), formats)
+    # The clocks of several runs have nothing to do with each other.
+    if len(runs) == 1 and "sources" not in runs[0].info:
+        written += _plot_telemetry(runs[0].whole(), Path(out), formats, keep)
     return written
+
+
+def _plot_rooflines(
+    panels: Sequence[Panel],
+    styles: Mapping[str, RouteStyle],
+    sources: Mapping[str, Source],
+    out: Path,
+    formats: Sequence[str],
+) -> list[Path]:
+    written = []
+    with figure_style():
+        for panel in panels:
+            figure = roofline_figure(panel, styles, sources)
+            if figure is not None:
+                lay_out(figure)
+                written += [_save(figure, out / f"{panel.name}-roofline.{f}") for f in formats]
+    return written
+
+
+def _plot_telemetry(run: Run, out: Path, formats: Sequence[str], keep: Keep | None) -> list[Path]:
+    with figure_style():
+        figure = telemetry_figure(run, keep)
+        if figure is None:
+            return []
+        lay_out(figure)
+        return [_save(figure, out / f"telemetry.{f}") for f in formats]
+
+
+Task = tuple[Panel, str, Mapping[str, RouteStyle], Path, tuple[str, ...]]
+
+
+@contextmanager
+def second_process() -> Iterator[ProcessPoolExecutor]:
+    """A process to share the drawing with. It gets ready at once: begin it before the runs are loaded.
+
+    The program's main module must bear to be imported once more (`if __name__ == "__main__"`).
+    """
+    helper = ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,  # Ctrl-C is this process's to answer
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
+    try:
+        helper.submit(figure_style)
+        yield helper
+    finally:
+        helper.shutdown(cancel_futures=True)
+
+
+def _drawn(tasks: Sequence[Task], helper: ProcessPoolExecutor | None) -> list[Path]:
+    """The files of all tasks, in order. A helper takes tasks from the end until it meets this process."""
+    given = {} if helper is None else {i: helper.submit(_draw, tasks[i]) for i in reversed(range(len(tasks)))}
+    written: list[Path] = []
+    for number, task in enumerate(tasks):
+        taken = given.get(number)
+        written += _draw(task) if taken is None or taken.cancel() else taken.result()
+    return written
+
+
+def _draw(task: Task) -> list[Path]:
+    panel, what, styles, out, formats = task
+    with figure_style():
+        figure = _FIGURES[what](panel, styles)
+        if figure is None:
+            return []
+        lay_out(figure)
+        return [_save(figure, out / f"{panel.name}-{what}.{f}") for f in formats]
 
 
 def plot_comparison(comparison: Comparison, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:

@@ -17,7 +17,7 @@ from nsabench.present.wording import tokens_text
 WIDTH_INCHES = 8.0
 
 _STYLE: Any = {
-    "figure.dpi": 175,
+    "figure.dpi": 150,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "axes.facecolor": "white",

@@ -26,6 +26,7 @@ from nsabench.present.cell_text import (
     time_range,
     whole,
 )
+from nsabench.present.disturbances import row_notes
 from nsabench.present.frame import PLANNED, Cells, Order, Row, cell_rows, is_dense, varying, why_no_shares
 from nsabench.present.pairing import Compared, compare
 from nsabench.present.wording import (
@@ -85,7 +86,8 @@ def compared_table(cells: Sequence[Compared], *, last: int | None = None, width:
 def compared_grid(cells: Sequence[Compared]) -> tuple[str, list[str], list[list[str]], list[str]]:
     """What `cells_table` says, as plain text: title, headers, a line of texts per cell, and notes below."""
     rows = [cell.row for cell in cells]
-    columns, extra, runs = _columns(rows, *_beside(cells), stacked=False), _extra(rows), _runs(rows)
+    beside = _Beside.of(cells)
+    columns, extra, runs = _columns(rows, beside, stacked=False), _extra(rows), _runs(rows)
     headers = [*(["run"] if len(runs) > 1 else []), "S", *map(name_of, extra), "route"]
     headers += [column.header.replace("\n", " ") for column in columns]
     lines = []
@@ -96,14 +98,14 @@ def compared_grid(cells: Sequence[Compared]) -> tuple[str, list[str], list[list[
         numbers = [column.text(cell) if ok else "" for column in columns]
         shares = short_shares(cell.row) if ok and not is_dense(cell.row) else ""
         lines.append([*head, arm_text(cell.row), *numbers, cell.row["status"], shares or cell.row["reason"]])
-    return _about(rows), [*headers, "status", f"% {'/'.join(MAIN_STAGES)}"], lines, _legend(*_beside(cells))
+    return _about(rows), [*headers, "status", f"% {'/'.join(MAIN_STAGES)}"], lines, beside.legend()
 
 
 def _cells_table(cells: Sequence[Compared], last: int | None, stacked: bool, reads: bool) -> Table:
     """`stacked`: intervals and shares stand under what they belong to."""
     rows = [cell.row for cell in cells]
-    beside = _beside(cells)
-    columns = _columns(rows, *beside, stacked)
+    beside = _Beside.of(cells)
+    columns = _columns(rows, beside, stacked)
     if not reads:
         columns = [column for column in columns if column.header != _READS]
     notes, extra = _Notes(), _extra(rows)
@@ -119,25 +121,50 @@ def _cells_table(cells: Sequence[Compared], last: int | None, stacked: bool, rea
     if len(runs) > 1:
         for run_id in dict.fromkeys(cell.row["run_id"] for cell in shown):
             notes.add(f"run {runs.index(run_id) + 1}: {run_id}")
-    for line in _legend(*beside):
+    for line in (*beside.legend(), *row_notes([cell.row for cell in shown])):
         notes.add(line)
     notes.write(table)
     return table
 
 
-def _beside(cells: Sequence[Compared]) -> tuple[bool, bool]:
-    """Whether there are several routes to compare, and whether there is dense attention to compare with."""
-    several = len({cell.row["route"] for cell in cells if not is_dense(cell.row)}) > 1
-    return several, any(cell.dense is not None and cell.dense is not cell.row for cell in cells)
+@dataclass(frozen=True)
+class _Beside:
+    """What cells are compared with: other routes or not; by name, the dense attention that was measured, ok
+    somewhere, and what of it was the fastest of a shape.
+    """
+
+    routes: bool
+    dense: tuple[str, ...]
+    fastest: tuple[str, ...]
+
+    @classmethod
+    def of(cls, cells: Sequence[Compared]) -> "_Beside":
+        routes = {cell.row["route"] for cell in cells if not is_dense(cell.row)}
+        beside = [cell for cell in cells if cell.dense is not None and cell.dense is not cell.row]
+        rows = [cell.row for cell in cells if is_dense(cell.row)] if beside else []
+        # Where none is ok, there is nothing to name but what was asked for.
+        dense = dict.fromkeys(map(arm_text, [row for row in rows if row["status"] == "ok"] or rows[:1]))
+        fastest = dict.fromkeys(cell.dense_name for cell in beside if cell.dense_name)
+        return cls(len(routes) > 1, tuple(dense), tuple(fastest or dense))
+
+    @property
+    def over(self) -> str:
+        """What the dense speed is relative to, in a header."""
+        return self.fastest[0] if len(self.fastest) == 1 else "dense"
+
+    def legend(self) -> list[str]:
+        speed = "speed: time of the shape's first route over this one's; above 1 is faster"
+        if len(self.fastest) > 1:
+            what = f"the fastest of {len(self.dense)} dense attentions of that shape, named beside,"
+        elif len(self.dense) > 1:
+            what = f"{self.over}, the fastest of {len(self.dense)} dense attentions of that shape,"
+        else:
+            what = f"{'dense attention' if self.over == 'dense' else self.over} of that shape"
+        x_dense = f"x {self.over}: time of {what} over this one's; above 1 is faster"
+        return [speed] * self.routes + [x_dense] * bool(self.fastest)
 
 
-def _legend(several: bool, beside_dense: bool) -> list[str]:
-    speed = "speed: time of the shape's first route over this one's; above 1 is faster"
-    x_dense = "x dense: time of dense attention of that shape over this one's; above 1 is faster"
-    return [speed] * several + [x_dense] * beside_dense
-
-
-def _columns(rows: Sequence[Row], several: bool, beside_dense: bool, stacked: bool) -> list[_Column]:
+def _columns(rows: Sequence[Row], beside: _Beside, stacked: bool) -> list[_Column]:
     unit, per_ms = ("us", 1000.0) if _all_below_1_ms(rows) else ("ms", 1.0)
     per_step = "/step" if {row["phase"] for row in rows} == {"decode"} else ""
     columns = _with_range(
@@ -146,19 +173,21 @@ def _columns(rows: Sequence[Row], several: bool, beside_dense: bool, stacked: bo
         lambda cell: time_range(cell.row, per_ms),
         stacked,
     )
-    if several:
+    if beside.routes:
         columns += _with_range(
             "speed",
             lambda cell: speed_text(cell.row, cell.base, cell.speed),
             lambda cell: speed_range(cell.row, cell.base, cell.speed),
             stacked,
         )
-    if beside_dense:
+    if beside.fastest:
+        several = len(beside.fastest) > 1
         columns += _with_range(
-            "x dense",
+            f"x {beside.over}",
             lambda cell: speed_text(cell.row, cell.dense, cell.x_dense),
             lambda cell: speed_range(cell.row, cell.dense, cell.x_dense),
             stacked,
+            below=("fastest", _other_dense) if several else None,
         )
     if _any(rows, "reads_tokens"):
         columns.append(_Column(_READS, lambda cell: reads_text(cell.row)))
@@ -169,10 +198,22 @@ def _columns(rows: Sequence[Row], several: bool, beside_dense: bool, stacked: bo
     return columns
 
 
-def _with_range(header: str, value: _Writer, ends: _Writer, stacked: bool) -> list[_Column]:
+def _other_dense(cell: Compared) -> str:
+    """What the cell's dense speed is relative to; empty for that cell itself."""
+    return "" if cell.dense is cell.row else cell.dense_name
+
+
+def _with_range(
+    header: str, value: _Writer, ends: _Writer, stacked: bool, below: tuple[str, _Writer] | None = None
+) -> list[_Column]:
+    """A value, its interval and what else belongs to it: beside each other, or `stacked` in one column."""
     if stacked:
-        return [_Column(f"{header}\n95 %", lambda cell: f"{value(cell)}\n{ends(cell)}")]
-    return [_Column(header, value), _Column("95 %", ends, "dim", gap=0)]
+        more = [below] if below else []
+        heads = "\n".join([header, "95 %", *(head for head, _ in more)])
+        writers = [value, ends, *(text for _, text in more)]
+        return [_Column(heads, lambda cell: "\n".join(write(cell) for write in writers))]
+    columns = [_Column(header, value), _Column("95 %", ends, "dim", gap=0)]
+    return columns + ([_Column(f"{below[0]}\ndense", below[1], "dim")] if below else [])
 
 
 def _width(table: Table) -> int:

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nsabench.plan import Cell
-from nsabench.present.frame import PLANNED, SHAPE, PresentError, Row, cell_rows
-from nsabench.present.naming import commit_of, regime_of
+from nsabench.present.disturbances import load_text, run_notes
+from nsabench.present.frame import PLANNED, SHAPE, PresentError, Row, cell_rows, conditions_of
+from nsabench.present.naming import commit_of
 from nsabench.present.pairing import Rounds, rounds_of, shared_rounds
 from nsabench.present.wording import arm_text, digits, field_text, fields_text, tokens_text
 from nsabench.stats import (
@@ -22,6 +23,7 @@ from nsabench.stats import (
     judge,
     judge_unpaired,
 )
+from nsabench.stats.neighbours import LOUD_PCT, SPOILT_PCT
 from nsabench.store import Run
 
 Correction = Literal["holm", "bh"]
@@ -41,7 +43,8 @@ class Finding:
 
     `judgement` is None where there was nothing to judge; `verdict` and `why` always stand. `base`, `row` and
     `control` are the rows of the first side, of this one and of the first again, None where not measured.
-    `times` are those of the first side and of this one, in ms: pairs of the same round where `paired`.
+    `times` are those of the first side and of this one, in ms: pairs of the same round where `paired`, and
+    then `processes` says which process measured each.
     """
 
     shape: str
@@ -54,6 +57,7 @@ class Finding:
     why: str
     judgement: Judgement | None = None
     times: tuple[_Times, _Times] | None = None
+    processes: npt.NDArray[np.int64] | None = None
     paired: bool = True
 
     @property
@@ -120,11 +124,12 @@ def findings_between(a: Run, b: Run, *, delta: float = DELTA, method: Correction
     """Run `b` beside run `a`: equal cells, or, of a shape that has one arm in each, those.
 
     The runs' rounds were never taken in turn: the statistics are unpaired, and say so. PresentError where
-    the two have no cell in common.
+    the two have no cell in common, or nothing that was timed alike.
     """
     pairs, left_out = _counterparts(a, b)
     if not pairs:
         raise PresentError(f"{a.run_id} and {b.run_id} have no cell in common")
+    _refuse_unlike(pairs, a, b)
     rounds = [rounds_of(cell_rows(run.cells), run.samples) for run in (a, b)]
     names = _short_names(a, b)
     common, shapes = _shapes([base for base, _ in pairs])
@@ -165,13 +170,22 @@ def _live(finding: Finding, rounds: Mapping[tuple[str, str], Rounds], delta: flo
     """A finding judged by paired rounds, the first side's two measurements beside it."""
     names = (finding.first, finding.side, f"{finding.first} again")
     rows = (finding.base, finding.row, finding.control)
-    if why := _broken(names, rows):
+    if why := _broken(names, rows) or _unlike(*rows):
         return replace(finding, verdict="INVALID", why=why)
     base, side, control = (rounds.get((row["run_id"], row["cell_id"])) for row in rows if row is not None)
     times, own = shared_rounds(base, side), shared_rounds(base, control)
     if times is None or own is None:
         return replace(finding, verdict="INVALID", why="no round measured both in turn")
-    return _judged(finding, times, judge(*times, aa=own, delta=delta))
+    judgement = judge(
+        times.a,
+        times.b,
+        aa=(own.a, own.b),
+        delta=delta,
+        processes=times.processes,
+        aa_processes=own.processes,
+    )
+    finding = replace(finding, processes=times.processes)
+    return _judged(finding, (times.a, times.b), judgement)
 
 
 def _stored(finding: Finding, rounds: Sequence[Mapping[tuple[str, str], Rounds]], delta: float) -> Finding:
@@ -180,10 +194,8 @@ def _stored(finding: Finding, rounds: Sequence[Mapping[tuple[str, str], Rounds]]
     why = _broken((finding.first, finding.side), (base, row))
     if why or base is None or row is None:
         return replace(finding, verdict="INVALID", why=f"UNPAIRED; {why}")
-    regimes = [" ".join(filter(None, (*regime_of(one), one["timer"]))) for one in (base, row)]
-    if regimes[0] != regimes[1]:
-        why = f"UNPAIRED; {regimes[0]} and {regimes[1]} cannot be compared"
-        return replace(finding, verdict="INVALID", why=why)
+    if why := _unlike(base, row):
+        return replace(finding, verdict="INVALID", why=f"UNPAIRED; {why}")
     found = [
         known.get((one["run_id"], one["cell_id"])) for known, one in zip(rounds, (base, row), strict=True)
     ]
@@ -193,14 +205,40 @@ def _stored(finding: Finding, rounds: Sequence[Mapping[tuple[str, str], Rounds]]
     return _judged(finding, times, judge_unpaired(*times, delta=delta))
 
 
+def _unlike(*rows: Row | None) -> str:
+    """Why the rows' times cannot be compared; empty where they can."""
+    kinds = dict.fromkeys(conditions_of(row) for row in rows if row is not None)
+    return f"{' and '.join(kinds)} cannot be compared" if len(kinds) > 1 else ""
+
+
+def _refuse_unlike(pairs: Sequence[tuple[Row, Row]], a: Run, b: Run) -> None:
+    """PresentError where all that was timed in both runs was timed in another regime, cache or way."""
+    timed = [pair for pair in pairs if all(row["status"] == "ok" for row in pair)]
+    whys = [_unlike(*pair) for pair in timed]
+    if whys and all(whys):
+        raise PresentError(f"{a.run_id} and {b.run_id}: {whys[0]}")
+
+
 def _judged(finding: Finding, times: tuple[_Times, _Times], judgement: Judgement) -> Finding:
+    load, said = _load(finding)
+    if load > SPOILT_PCT:
+        judgement = replace(judgement, verdict="INVALID", why=said)
     why = judgement.why if finding.paired else f"UNPAIRED; {judgement.why}"
+    if LOUD_PCT < load <= SPOILT_PCT:
+        why += f"; {said}"
     spreads = [row["canary_spread_pct"] or 0.0 for row in (finding.base, finding.row) if row is not None]
     if max(spreads) > STEADY_PCT:
         why += f"; the device was not steady: fixed work varied by {digits(max(spreads), 2)} %"
     return replace(
         finding, verdict=judgement.verdict, why=why, judgement=judgement, times=(times[0], times[1])
     )
+
+
+def _load(finding: Finding) -> tuple[float, str]:
+    """The most that other processes used beside what is compared, in percent, and in words."""
+    rows = [row for row in (finding.base, finding.row, finding.control) if row is not None]
+    loads = [(row["neighbour_load_pct"] or 0.0, str(row["device"])) for row in rows]
+    return max(loads)[0], load_text(*max(loads))
 
 
 def _broken(names: Sequence[str], rows: Sequence[Row | None]) -> str:
@@ -265,6 +303,9 @@ def _notes(run: Run, told: Mapping[str, Any], findings: Sequence[Finding]) -> li
     processes = " to ".join(str(count) for count in dict.fromkeys((*counts[:1], *counts[-1:]))) or "no"
     rounds = (run.info.get("policy") or {}).get("rounds")
     notes = [f"{processes} fresh process{'' if processes == '1' else 'es'} of {rounds} rounds each"]
+    if counts == [1]:
+        notes.append("what differs between processes is in no interval: it takes two, better three")
+    notes += run_notes(run)
     ends = [(f.ratio.lo, f.ratio.hi) for f in findings if f.ratio is not None]
     widths = [hi / lo - 1 for lo, hi in ends if lo is not None and hi is not None]
     width = told.get("width")
@@ -287,7 +328,8 @@ def _over_shapes(comparison: Comparison, first: str, side: str) -> str:
     if comparison.paired:
         pairs = max(len(b) * (len(b) + 1) // 2 for _, b in times)
         resamples = max(200, min(2000, _RESAMPLED // (pairs * len(times))))
-        mean = geometric_mean([(b, a) for a, b in times], resamples=resamples)
+        processes = [f.processes for f in mine if f.processes is not None]
+        mean = geometric_mean([(b, a) for a, b in times], processes=processes, resamples=resamples)
     else:
         points = [f.ratio.point for f in mine if f.ratio is not None]
         mean = Interval(math.exp(float(np.mean(np.log(points)))), None, None, len(points))

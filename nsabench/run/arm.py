@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nsabench.measure import (
+    GraphTimer,
     Shares,
     StageRecorder,
     Timer,
@@ -22,7 +23,17 @@ from nsabench.measure import (
 from nsabench.measure.stages import Hook
 from nsabench.plan import Cell
 from nsabench.run.check import Verdict
+from nsabench.run.cold import prove_cold
+from nsabench.run.cross_check import cross_check
 from nsabench.run.gate import Refused, judge, refuse_other_output
+from nsabench.run.kernels import (
+    PROFILED_CALLS,
+    Weighted,
+    attributed,
+    graph_shares,
+    kernel_rows,
+    refuse_fallback,
+)
 from nsabench.run.limits import known_peaks, part_of_limit
 from nsabench.run.policy import Policy
 from nsabench.run.timing import time_fields
@@ -36,8 +47,6 @@ SHARE_BATCHES = 5
 SHARE_TRIES = 3
 # Steps of a sample at most; a flush of the cache before each costs far more than a short step.
 COLD_ITERS, WARM_ITERS = 5, 10_000
-# Calls of a step whose backward is profiled at most: torch needs about a second to read the profile of seven.
-PROFILED_CALLS = 64
 # An instrumented step this much slower or faster than the timed one says nothing about it.
 SHARES_WITHIN = 2.0
 
@@ -66,8 +75,12 @@ class Arm:
             "reason": "",
         }
         self.samples: list[dict[str, Any]] = []
+        self.kernels: list[dict[str, Any]] = []
+        self._profiled: Weighted = []
         self._timers: list[tuple[Variant, Timer, int]] = []
         self._first: dict[str, torch.Tensor] = {}
+        self.step_ms = math.inf
+        """Of the shortest variant, once, before the rounds."""
 
     def prepare(self) -> None:
         """Settle the route, check the result against the specification, warm up. Raises :class:`Refused`."""
@@ -75,20 +88,54 @@ class Arm:
         self._describe_work()
         verdict, expected = judge(self.workload, self.cell.route)
         self._record(verdict)
+        self.note(prove_cold(self.cell, self.policy, self.fields))
         for variant in self.workload.variants(self.cell.route):
             timer = self._timer(variant)
             self._first[variant.name] = _kept(timer.output)
             if self.cell.passes == "fwd":
                 refuse_other_output(self._first[variant.name], expected[variant.name], _of(variant))
-            once = timer.sample(1)
-            limit = COLD_ITERS if self.policy.cache_for(self.cell) == "cold" else WARM_ITERS
-            iters = choose_iters(max(once, 1e-4), self.policy.sample_ms, limit=limit)
-            self._timers.append((variant, timer, iters))
+            once = max(timer.sample(1), 1e-4)
+            timer.steps = timer.gated_steps = 0  # those of the rounds are to count
+            self._timers.append((variant, timer, self._iters(once)))
+            self.step_ms = min(self.step_ms, once)
         self.fields |= {
             "timer": self._timers[0][1].name,
-            "regime": "latency",
+            "regime": self.policy.regime,
             "cache": self.policy.cache_for(self.cell),
         }
+        if self.fields["timer"] == "graph":
+            self.fields["copies"] = 1
+
+    def _iters(self, once_ms: float) -> int:
+        """How often what takes ``once_ms`` is timed a sample."""
+        return choose_iters(once_ms, self.policy.sample_ms, limit=self._most_iters)
+
+    @property
+    def _most_iters(self) -> int:
+        return COLD_ITERS if self.policy.cache_for(self.cell) == "cold" else WARM_ITERS
+
+    def rotate(self, count: int) -> None:
+        """Time each step ``count`` at a time, in one graph: cold ones each on tensors of its own. Raises
+        Refused where one of them gives another result.
+        """
+        cold = self.fields["cache"] == "cold"
+        copies = [
+            workload.variants(self.cell.route) for workload in self.workload.copies(count if cold else 1)[1:]
+        ]
+        for place, (variant, _, _) in enumerate(list(self._timers)):
+            others = [mine[place].step for mine in copies] if cold else [variant.step] * (count - 1)
+            timer = self._make_timer("graph")
+            assert isinstance(timer, GraphTimer)
+            timer.prepare(variant.step, *others)
+            for output in timer.outputs:
+                self._refuse_other(variant, _kept(output), "in a copy")
+            self._timers[place] = variant, timer, count * self._iters(count * self.step_ms)
+        self.fields["copies"] = count if cold else 1
+
+    def note(self, text: str) -> None:
+        """Add to ``timers_note``."""
+        notes = [self.fields.get("timers_note"), text]
+        self.fields["timers_note"] = "; ".join(filter(None, notes))
 
     def release(self) -> None:
         """Let go of what only sampling needs: outputs, captured graphs."""
@@ -115,6 +162,8 @@ class Arm:
             "rel_err": error.rel_err if finite else None,
             "err_budget": error.budget,
             "selection_overlap": verdict.overlap,
+            "neighbour_overlap": verdict.sharing.neighbour_overlap,
+            "union_blocks": verdict.sharing.union_blocks,
         }
         if verdict.proof:
             self.fields["route_proof"] = verdict.proof
@@ -122,11 +171,12 @@ class Arm:
             raise Refused("nan" if verdict.has_nan else "wrong", verdict.reason)
 
     def _timer(self, variant: Variant) -> Timer:
-        timer = make_timer(
-            self.policy.timer_for(self.cell), self.workload.device, self.policy.cache_for(self.cell)
-        )
+        timer = self._make_timer(self.policy.timer_for(self.cell))
         timer.prepare(variant.step)
         return timer
+
+    def _make_timer(self, kind: str) -> Timer:
+        return make_timer(kind, self.workload.device, self.policy.cache_for(self.cell), self.policy.regime)
 
     def sample(self, round_number: int, position: int) -> None:
         """One sample of each variant."""
@@ -149,34 +199,50 @@ class Arm:
         Refused.
         """
         self._check_again()
+        self._attribute()
         self._time()
+        if self.cell.device != "cpu":
+            self.note(cross_check(self._timers, self._make_timer, self.fields))
         if self.policy.shares:
             self._shares()
         if self.policy.alone and self.cell.passes == "fwd":
             self._alone()
-        step = self._timers[0][0].step
-        peak = peak_memory(step, self.workload.device)
-        self.fields |= {"peak_alloc_bytes": peak.alloc_bytes, "peak_reserved_bytes": peak.reserved_bytes}
+        if self.policy.memory:
+            peak = peak_memory(self._timers[0][0].step, self.workload.device)
+            self.fields |= {"peak_alloc_bytes": peak.alloc_bytes, "peak_reserved_bytes": peak.reserved_bytes}
 
     def _check_again(self) -> None:
         """The last timed output against the first one: timing must not have changed the result."""
         for variant, timer, _ in self._timers:
-            first, last = self._first[variant.name], _kept(timer.output)
+            last = _kept(timer.output)
             if not bool(torch.isfinite(last).all()):
                 raise Refused("nan", f"the last timed output{_of(variant)} is not finite")
-            moved = float((last - first).abs().max()) if last.numel() else 0.0
-            allowed = self.fields["err_budget"] + 16 * torch.finfo(last.dtype).eps * float(first.abs().max())
-            if moved > allowed:
-                raise Refused(
-                    "wrong",
-                    f"the output{_of(variant)} moved by {moved:.3g} while timed; allowed {allowed:.3g}",
-                )
+            self._refuse_other(variant, last, "while timed")
+
+    def _refuse_other(self, variant: Variant, output: torch.Tensor, when: str) -> None:
+        """Refused where an output is not the first one, but for rounding."""
+        first = self._first[variant.name]
+        moved = float((output - first).abs().max()) if output.numel() else 0.0
+        allowed = self.fields["err_budget"] + 16 * torch.finfo(output.dtype).eps * float(first.abs().max())
+        if not moved <= allowed:
+            raise Refused(
+                "wrong", f"the output{_of(variant)} moved by {moved:.3g} {when}; allowed {allowed:.3g}"
+            )
 
     def _time(self) -> None:
         weights = {variant.name: variant.weight for variant, _, _ in self._timers}
         work = {"flops": self.fields["flops"], "moved_bytes": self.fields["bytes"]}
         self.fields |= time_fields(self.cell, self.samples, weights, **work)
         self.fields |= part_of_limit(self.fields, known_peaks(self.cell.device))
+
+    def _attribute(self) -> None:
+        """The kernels of its steps, and once more the proof of its route: of the steps that were timed."""
+        if not (self.policy.shares and self.policy.kernels):
+            return
+        steps = [variant for variant, _, _ in self._timers]
+        self._profiled = attributed(self.workload, steps, self.cell.route, self.fields, self.step_ms)
+        refuse_fallback(self.cell, self.fields, self._profiled)
+        self.kernels = kernel_rows(self._profiled)
 
     def _shares(self) -> None:
         """Shares of the stages; a step that was disturbed while instrumented is instrumented again."""
@@ -200,7 +266,10 @@ class Arm:
             self.fields |= {f"share_{stage}_pct": part, f"ms_{stage}": part / 100 * total}
 
     def _weighted_shares(self, hook: Hook) -> Shares:
-        parts = [(variant.weight, self._shares_of(variant, hook)) for variant, _, _ in self._timers]
+        if self._profiled and self.fields["timer"] == "graph":
+            parts = [(weight, graph_shares(step)) for weight, step in self._profiled]
+        else:
+            parts = [(variant.weight, self._shares_of(variant, hook)) for variant, _, _ in self._timers]
         shares = parts[0][1].scaled(parts[0][0] * parts[0][1].total_ms)
         for weight, other in parts[1:]:
             shares = shares.plus(other.scaled(weight * other.total_ms))
@@ -237,7 +306,7 @@ class Arm:
         for branch, only in self.workload.alone(self.cell.route).items():
             total = 0.0
             for variant, (_, _, iters) in zip(self.workload.variants(only), self._timers, strict=True):
-                timer = self._timer(variant)
+                timer, iters = self._timer(variant), min(iters, self._most_iters)
                 total += (
                     variant.weight
                     * median_interval([timer.sample(iters) for _ in range(ALONE_SAMPLES)]).point

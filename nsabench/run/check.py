@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from nsa import NSAConfig, nsa_attention, reference
 from nsa.blocks import num_selection_blocks, own_block
 from nsa.routes import Route
 from nsa.testing import Check, check, error_budget
+from nsabench.run.proof import Proof, proven
+from nsabench.run.selection import NOTHING, Sharing, attending, sharing
 
 # Elements of the specification's score matrix, all heads: a few seconds of fp64 on a laptop.
 SPEC_ELEMENTS = 2**24
@@ -35,7 +38,9 @@ Segment = tuple[int, int]
 class Verdict:
     """Whether an arm is right. ``error`` is its worst quantity against its budget; ``reason`` is empty when
     it is right. ``output`` is what the arm computed, ``(B,T,HQ,DV)``. ``overlap`` is the part of the
-    specification's blocks it selected (None where nothing is selected); ``proof`` what was seen to run.
+    specification's blocks it selected (None where nothing is selected), ``sharing`` how far the blocks that
+    neighbouring queries attended agree; ``proof`` what was seen to run, and ``fell_back`` which branch ran
+    something else than asked for.
     """
 
     error: Check
@@ -43,7 +48,9 @@ class Verdict:
     output: torch.Tensor
     has_nan: bool = False
     overlap: float | None = None
+    sharing: Sharing = NOTHING
     proof: str = ""
+    fell_back: str = ""
 
 
 def compare(
@@ -92,22 +99,42 @@ def check_arm(
     *,
     gradients: bool,
     elements: int = SPEC_ELEMENTS,
+    blocks: torch.Tensor | None = None,
 ) -> Verdict:
     """Run the NSA of ``routing`` on ``inputs``; compare values, the selection, ``gradients`` if asked.
 
-    ``elements`` bounds the specification's score matrix, which is its cost.
+    ``elements`` bounds the specification's score matrix, which is its cost. ``blocks`` are attended in place
+    of those that the scores choose: what they choose is held against the specification all the same.
     """
     segments = _segments(inputs, config, elements)
     chosen, overlap, wrong = _check_selection(inputs, route, config, segments)
-    found = compare(
-        inputs,
-        segments,
-        lambda given: nsa_attention(**given, config=config, routing=routing),
-        lambda given, rows: _specification(given, rows, route, config, chosen.get(rows)),
-        GRADIENTS if gradients else (),
-    )
+    attended = chosen if chosen is None or blocks is None else blocks
+    proofs: list[Proof] = []
+
+    def attend(given: Inputs) -> torch.Tensor:
+        run = partial(nsa_attention, **given, config=config, routing=routing)
+        out, proof = proven(run, route, config, given)
+        proofs.append(proof)
+        return out
+
+    with attending({} if blocks is None else {inputs["q_start"]: blocks}):
+        found = compare(
+            inputs,
+            segments,
+            attend,
+            lambda given, rows: _specification(given, rows, route, config, attended),
+            GRADIENTS if gradients else (),
+        )
     reason = found.reason if found.has_nan else wrong or found.reason
-    return replace(found, reason=reason, overlap=overlap)
+    shared = NOTHING if attended is None else sharing(attended, inputs["q_start"], config)
+    return replace(
+        found,
+        reason=reason,
+        overlap=overlap,
+        sharing=shared,
+        proof=proofs[0].text,
+        fell_back=proofs[0].fell_back,
+    )
 
 
 def part_of_budget(error: Check) -> float:
@@ -190,20 +217,20 @@ def _specified(
 
 def _check_selection(
     inputs: Inputs, route: Route, config: NSAConfig, segments: Sequence[Segment]
-) -> tuple[dict[Segment, torch.Tensor], float | None, str]:
-    """The arm's blocks of each segment, the part the specification chose too, and what is wrong with them."""
+) -> tuple[torch.Tensor | None, float | None, str]:
+    """The blocks that the arm's scores choose, the part of them that the specification chooses too, and what
+    is wrong with them.
+    """
     if route.score is None:
-        return {}, None, ""
+        return None, None, ""
     q, k_cmp, start = inputs["q"], inputs["k_cmp"], inputs["q_start"]
     length = inputs["k_sel"].shape[1]
     chosen = route.score(q, k_cmp, config, q_start=start, kv_len=length)
-    by_segment: dict[Segment, torch.Tensor] = {}
     keys = k_cmp.cpu()
     same = total = 0
     wrong = ""
     for a, b in segments:
-        mine = chosen[:, a:b].cpu()
-        mine = by_segment[a, b] = mine.where(mine < num_selection_blocks(length, config), -1)
+        mine = _existing(chosen[:, a:b].cpu(), length, config)
         span = q[:, a:b].cpu()
         where = {"q_start": start + a, "kv_len": length}
         spec = reference.select_blocks(span.double(), keys.double(), config, **where)
@@ -215,7 +242,12 @@ def _check_selection(
         wrong = wrong or _exchanged(
             took, should, _ranks(scores, start + a, config), error_budget(scores, single, 1.0)
         )
-    return by_segment, same / total if total else 1.0, wrong
+    return chosen, same / total if total else 1.0, wrong
+
+
+def _existing(blocks: torch.Tensor, length: int, config: NSAConfig) -> torch.Tensor:
+    """The blocks that begin within ``length`` tokens; -1 for others, which the specification cannot hold."""
+    return blocks.where(blocks < num_selection_blocks(length, config), -1)
 
 
 def _exchanged(took: torch.Tensor, should: torch.Tensor, ranks: torch.Tensor, allowed: float) -> str:
@@ -249,10 +281,10 @@ def _members(indices: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def _specification(
-    given: Inputs, rows: Segment, route: Route, config: NSAConfig, chosen: torch.Tensor | None
+    given: Inputs, rows: Segment, route: Route, config: NSAConfig, attended: torch.Tensor | None
 ) -> torch.Tensor:
-    """What the specification gives for some rows, with the blocks that the arm selected for them (those are
-    checked apart).
+    """What the specification gives for some rows, with the blocks that the arm attends in them (what its
+    scores choose is checked apart).
     """
     a, b = rows
     start = given["q_start"] + a
@@ -261,9 +293,10 @@ def _specification(
     if route.cmp is not None:
         branch = reference.compressed_attention(q, given["k_cmp"], given["v_cmp"], config, q_start=start)
         out = out + gates[..., 0, :] * branch[0]
-    if route.sel is not None and chosen is not None:
+    if route.sel is not None and attended is not None:
         keys, values = given["k_sel"], given["v_sel"]
-        branch = reference.selected_attention(q, keys, values, chosen, config, q_start=start)
+        blocks = _existing(attended[:, a:b].cpu(), keys.shape[1], config)
+        branch = reference.selected_attention(q, keys, values, blocks, config, q_start=start)
         out = out + gates[..., 1, :] * branch[0]
     if route.win is not None:
         first = start - given["win_start"]

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Protocol
 
+from nsabench.measure.nvml_reader import join_reasons, split_reasons
 from nsabench.plan import Cell
 from nsabench.run.executor import Doing, Done, Executor, Job, WorkerError
 from nsabench.run.gate import Refused
 from nsabench.run.limits import known_peaks, part_of_limit
 from nsabench.run.policy import Policy
 from nsabench.run.steps import steps_of
-from nsabench.run.timing import by_round, time_fields
-from nsabench.run.worker import Fields
+from nsabench.run.timing import by_round, dropped_rounds, time_fields, too_many_dropped
+from nsabench.run.worker import DEVICE_LOST, Fields
 from nsabench.stats import Interval, paired_ratio
 from nsabench.store import RunDir
 from nsabench.store.schema import STAGES, without_performance
@@ -31,8 +32,11 @@ _ACROSS: dict[str, Callable[[list[float]], float]] = {
     **dict.fromkeys((f"ms_alone_{branch}" for branch in ("cmp", "sel", "win")), median),
     **dict.fromkeys(("temp_c", "clock_spread_pct", "canary_spread_pct", "max_abs_err", "rel_err"), max),
     **dict.fromkeys(("peak_alloc_bytes", "peak_reserved_bytes", "nvml_used_bytes"), max),
-    "energy_j": sum,
+    "neighbour_load_pct": max,
+    **dict.fromkeys(("ms_cross", "host_bound"), median),
+    **dict.fromkeys(("queue_gated_pct", "cold_probe", "copies"), max),
     "selection_overlap": min,
+    **dict.fromkeys(("neighbour_overlap", "union_blocks"), fmean),
 }
 """What is made of the columns in which the processes of a cell differ. Times come from the samples."""
 
@@ -122,9 +126,12 @@ def _measure(
                 elif isinstance(event, Done):
                     group.add(event, since_s=start - began)
         group.processes += 1
-        if group.processes > 1 and not group.living:
-            broke = next(iter(group.broken.values()))["reason"]
-            raise WorkerError(f"all broke in process {group.processes}, which ran before: {broke}")
+        if not group.living:
+            reasons = [row["reason"] for row in group.broken.values()]
+            if lost := [reason for reason in reasons if reason.startswith(DEVICE_LOST)]:
+                raise WorkerError(f"none can be measured any more: {lost[0]}")
+            if group.processes > 1:
+                raise WorkerError(f"all broke in process {group.processes}, which ran before: {reasons[0]}")
         if group.processes < effort.processes:
             continue
         now = clock()
@@ -149,6 +156,7 @@ class Group:
         self.cells = list(cells)
         self.processes, self._first = 0, process
         self.broken: dict[str, Fields] = {}
+        self._slowed: dict[str, Fields] = {}
         self._well: dict[str, list[Fields]] = {cell.cell_id: [] for cell in cells}
         self._samples: dict[str, list[Fields]] = {cell.cell_id: [] for cell in cells}
         self._telemetry: dict[str, list[Fields]] = {cell.cell_id: [] for cell in cells}
@@ -175,6 +183,9 @@ class Group:
         cell_id = done.row["cell_id"]
         if done.row["status"] == "ok":
             self._well[cell_id].append(done.row)
+        elif done.row["status"] == "invalid" and too_many_dropped(done.samples):
+            # No fault of the cell: whether too many were dropped, the rounds of all processes tell.
+            self._slowed[cell_id] = done.row
         else:
             self.broken[cell_id] = done.row
         for kept, given in ((self._samples, done.samples), (self._telemetry, done.telemetry)):
@@ -208,6 +219,10 @@ class Group:
                 row = self.broken[cell_id]
             elif self._well[cell_id]:
                 row = {**self._timed(cell), **aa}
+            elif cell_id in self._slowed:
+                samples = self._samples[cell_id]
+                told = {"reason": too_many_dropped(samples), "dropped_rounds": len(dropped_rounds(samples))}
+                row = {**self._slowed[cell_id], **told}
             else:
                 continue
             yield row, self._samples[cell_id], self._telemetry[cell_id]
@@ -218,13 +233,15 @@ class Group:
 
     def _timed(self, cell: Cell) -> dict[str, Any]:
         """One row from those of all processes, its times from all samples."""
-        row = _across(self._well[cell.cell_id])
+        row, samples = _across(self._well[cell.cell_id]), self._samples[cell.cell_id]
         work = {"flops": row["flops"], "moved_bytes": row["bytes"]}
-        row |= time_fields(cell, self._samples[cell.cell_id], _weights(cell), **work)
-        for stage in STAGES:
-            if row.get(f"share_{stage}_pct") is not None:
-                row[f"ms_{stage}"] = row[f"share_{stage}_pct"] / 100 * row["ms_total"]
+        if row.get("dropped_rounds") is not None:
+            row["dropped_rounds"] = len(dropped_rounds(samples))
         try:
+            row |= time_fields(cell, samples, _weights(cell), **work)
+            for stage in STAGES:
+                if row.get(f"share_{stage}_pct") is not None:
+                    row[f"ms_{stage}"] = row[f"share_{stage}_pct"] / 100 * row["ms_total"]
             return row | part_of_limit(row, known_peaks(cell.device))
         except Refused as error:
             return row | {"status": error.status, "reason": str(error)}
@@ -233,7 +250,10 @@ class Group:
         """Time of a cell over that of the first, over the rounds in which both were measured."""
         a, b = (by_round(self._samples[one.cell_id], _weights(one)) for one in (cell, first))
         both = sorted(a.keys() & b.keys())
-        return paired_ratio([a[key] for key in both], [b[key] for key in both]) if both else None
+        if not both:
+            return None
+        processes = [process for process, _ in both]
+        return paired_ratio([a[key] for key in both], [b[key] for key in both], processes=processes)
 
 
 def _weights(cell: Cell) -> dict[str, float]:
@@ -247,5 +267,13 @@ def _across(rows: Sequence[Fields]) -> dict[str, Any]:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             found[name] = combined(values)
-    throttled = {why for row in rows for why in (row.get("throttle_reasons") or "").split("+") if why}
-    return found | ({"throttle_reasons": "+".join(sorted(throttled))} if throttled else {})
+    # A sum lacks what one of them could not tell.
+    energy = [row.get("energy_j") for row in rows]
+    found["energy_j"] = None if None in energy else sum(energy)
+    notes = dict.fromkeys(row["timers_note"] for row in rows if row.get("timers_note"))
+    if notes:
+        found["timers_note"] = "; ".join(notes)
+    reasons = [row["throttle_reasons"] for row in rows if row.get("throttle_reasons")]
+    if reasons:
+        found["throttle_reasons"] = join_reasons(name for text in reasons for name in split_reasons(text))
+    return found

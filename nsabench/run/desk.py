@@ -27,10 +27,10 @@ LOOKS_EVERY_S = 0.5
 class Desk:
     """Takes a job when it has none, and advances it whenever something may have happened.
 
-    ``hire`` starts a worker; ``began`` is the start of the run on this process's perf_counter.
+    ``hire`` starts a slot's worker; ``began`` is the start of the run on this process's perf_counter.
     """
 
-    def __init__(self, slot: Slot, hire: Callable[[], WorkerProcess], began: float) -> None:
+    def __init__(self, slot: Slot, hire: Callable[[Slot], WorkerProcess], began: float) -> None:
         self.slot = slot
         self.job: Job | None = None
         self._hire, self._began = hire, began
@@ -48,6 +48,10 @@ class Desk:
         self._sent: tuple[Cell, ...] = ()
         self._ready = False
         self._since = time.monotonic()
+
+    def reserve(self) -> bool:
+        """Lock its GPUs, or keep them; False while another nsabench measures on one."""
+        return all(_try(lock) for lock in self._locks)
 
     def take(self, job: Job) -> None:
         """Begin a job; events come from `advance`."""
@@ -99,14 +103,14 @@ class Desk:
                 lock.release()
 
     def _staff(self) -> Iterator[Event]:
-        if not all(_try(lock) for lock in self._locks):
+        if not self.reserve():
             if not self._said:
                 self._said = f"waiting for {' and '.join(self.slot.gpus)}: another nsabench measures on it"
                 yield Doing(self.slot.number, self._said)
             return
         self._said = ""
         yield Doing(self.slot.number, "starting a worker")
-        self._worker = self._hire()
+        self._worker = self._hire(self.slot)
         self._forget()
 
     def _send(self) -> Iterator[Event]:

@@ -15,6 +15,7 @@ import torch
 
 from nsa.blocks import tokens_read
 from nsabench.plan import Cell
+from nsabench.run.cross_check import SAMPLES as CROSS_SAMPLES
 from nsabench.run.policy import Policy
 from nsabench.run.steps import steps_of
 from nsabench.run.work import ELEMENT_BYTES, config_of
@@ -103,6 +104,8 @@ def _seconds(cell: Cell, policy: Policy, step: float, here: Machine) -> float:
     samples = policy.rounds + 1
     if policy.alone and cell.impl == "nsa" and cell.passes == "fwd":
         samples += 8
+    if cell.device != "cpu":
+        samples += 3 * CROSS_SAMPLES
     total = here.setup_s + _check_s(cell, here) + variants * samples * sample + 4 * step
     return total + (policy.share_runs * variants * 1.2 * once if policy.shares else 0.0)
 

@@ -45,18 +45,34 @@ class Executor(Protocol):
 
 
 def local_slots(cells: Iterable[Cell]) -> tuple[Slot, ...]:
-    """One slot for each GPU that the cells name; one for all where a CPU is among them: what a CPU measures
+    """Where the cells are measured on this machine.
+
+    Cells that all say ``cuda``: one slot for each GPU of the default one's kind, so that a sweep has them
+    all. Cells that name GPUs: one for each named. One for all where a CPU is among them: what a CPU measures
     wants a quiet machine.
     """
     devices = dict.fromkeys(cell.device for cell in cells)
-    gpus = {device: _uuid(device) for device in devices}
-    known = list(dict.fromkeys(uuid for uuid in gpus.values() if uuid is not None))
-    if None in gpus.values():
+    if list(devices) == ["cuda"] and len(gpus := _gpus_alike()) > 1:
+        return tuple(
+            Slot(number, frozenset(devices), (uuid,), alone=True) for number, uuid in enumerate(gpus)
+        )
+    named = {device: _uuid(device) for device in devices}
+    known = list(dict.fromkeys(uuid for uuid in named.values() if uuid is not None))
+    if None in named.values():
         return (Slot(0, frozenset(devices), tuple(known)),)
     return tuple(
-        Slot(number, frozenset(device for device in devices if gpus[device] == uuid), (uuid,))
+        Slot(number, frozenset(device for device in devices if named[device] == uuid), (uuid,))
         for number, uuid in enumerate(known)
     )
+
+
+def _gpus_alike() -> list[str]:
+    from nsabench.measure import MeasureError, gpus_alike
+
+    try:
+        return gpus_alike()
+    except MeasureError:
+        return []
 
 
 def _uuid(device: str) -> str | None:
@@ -109,12 +125,16 @@ class LocalExecutor:
             for desk in desks:
                 desk.close()
 
-    def _hire(self) -> WorkerProcess:
-        return WorkerProcess(self._measure, next(self._numbers))
+    def _hire(self, slot: Slot) -> WorkerProcess:
+        return WorkerProcess(self._measure, next(self._numbers), slot.gpus if slot.alone else ())
 
 
 def _free(desks: Sequence[Desk], job: Job) -> Desk | None:
-    """The desk for a job; None while it has another."""
-    device = job.cells[0].device
-    desk = next((desk for desk in desks if device in desk.slot.devices), desks[0])
-    return desk if desk.job is None else None
+    """The desk for a job; None while those that it may go to have another.
+
+    A GPU on which another nsabench measures is waited for only when there is no other to wait for.
+    """
+    able = [desk for desk in desks if job.cells[0].device in desk.slot.devices] or desks[:1]
+    free = [desk for desk in able if desk.job is None]
+    ready = next((desk for desk in free if desk.reserve()), None)
+    return ready or (free[0] if len(free) == len(able) else None)

@@ -15,6 +15,7 @@ import torch
 from nsa.testing import Check, check, error_budget
 from nsabench.run.check import SPEC_ELEMENTS, Verdict, part_of_budget
 from nsabench.run.impl import Refused
+from nsabench.run.selection import NOTHING
 from nsabench.run.steps import Span
 from nsabench.run.workload import Workload
 
@@ -88,8 +89,10 @@ def judge(workload: Workload, route: str) -> tuple[Verdict, dict[str, torch.Tens
             outputs[step.name] = workload.output(found.output)
     worst = max(verdicts, key=lambda verdict: part_of_budget(verdict.error))
     overlaps = [verdict.overlap for verdict in verdicts if verdict.overlap is not None]
-    proofs = list(dict.fromkeys(verdict.proof for verdict in verdicts if verdict.proof))
-    return replace(worst, overlap=min(overlaps, default=None), proof="; ".join(proofs)), outputs
+    shared = sum((verdict.sharing for verdict in verdicts), NOTHING)
+    proofs = dict.fromkeys(part for verdict in verdicts for part in verdict.proof.split("; ") if part)
+    overlap = min(overlaps, default=None)
+    return replace(worst, overlap=overlap, sharing=shared, proof="; ".join(proofs)), outputs
 
 
 def refuse_other_output(got: torch.Tensor, expected: torch.Tensor, which: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from nsabench.measure.stages import Hook
-from nsabench.plan import Cell, PlanError
+from nsabench.plan import BASELINES, Cell, PlanError, nearest
 from nsabench.run.check import Inputs, Verdict
 from nsabench.run.steps import DTYPES, Span
 from nsabench.run.work import Work, config_of
@@ -50,7 +50,8 @@ class Layer(Protocol):
 
 
 class Impl(ABC):
-    """An implementation at the shape of a cell. It keeps no tensors: those are the workload's.
+    """An implementation at the shape of a cell. It keeps no tensors but those of ``prepare``: all others are
+    the workload's.
 
     ``leaves`` are the arguments of the attention that get gradients. ``route`` is text of the route table;
     an implementation without routes takes any.
@@ -61,6 +62,10 @@ class Impl(ABC):
     def __init__(self, cell: Cell) -> None:
         self.cell, self.config = cell, config_of(cell)
         self.device, self.dtype = torch.device(cell.device), DTYPES[cell.dtype]
+
+    def prepare(self, spans: list[Span]) -> list[torch.Tensor]:
+        """Make what calls for ``spans`` need besides tokens; the tensors that it keeps for that."""
+        return []
 
     @abstractmethod
     def layer(self) -> Any:
@@ -111,13 +116,16 @@ class Impl(ABC):
         """Bytes by branch, or by whatever the cache consists of."""
 
 
-IMPLS = {"nsa": "nsabench.run.impl_nsa:Nsa", "dense": "nsabench.run.impl_dense:Dense"}
+IMPLS = {
+    "nsa": "nsabench.run.impl_nsa:Nsa",
+    **dict.fromkeys(BASELINES, "nsabench.run.impl_dense:Dense"),
+}
 
 
 def impl_for(cell: Cell) -> Impl:
     """The implementation a cell names, imported now; PlanError for an unknown one."""
     if cell.impl not in IMPLS:
-        raise PlanError(f"impl is {cell.impl!r}; allowed: {', '.join(IMPLS)}")
+        raise PlanError(f"impl is {cell.impl!r}; {nearest(cell.impl, IMPLS)}")
     module, name = IMPLS[cell.impl].split(":")
     made: Impl = getattr(import_module(module), name)(cell)
     return made

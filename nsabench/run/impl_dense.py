@@ -1,4 +1,4 @@
-"""Dense causal attention as something to measure NSA beside."""
+"""Dense causal attention, in any of its implementations, as something to measure NSA beside."""
 
 from __future__ import annotations
 
@@ -9,26 +9,39 @@ from dataclasses import replace
 import torch
 
 from nsa import reference
-from nsabench.measure.profiling import operators, profile
+from nsabench.measure.profiling import profile, recorded
 from nsabench.measure.stages import Hook
-from nsabench.peers.dense import DenseAttention, DenseCache, dense_attention
+from nsabench.peers.dense import DenseAttention, DenseCache
+from nsabench.peers.dense_kernels import Problem, family_of, kernel_for
+from nsabench.plan import Cell
 from nsabench.run.check import Inputs, Segment, Verdict, compare, segments_of
-from nsabench.run.impl import Fields, Impl
+from nsabench.run.impl import Fields, Impl, Refused
 from nsabench.run.impl_nsa import part_of
 from nsabench.run.steps import Span
 from nsabench.run.work import Work, count_dense_work
 
-_ATTENTION = "attention"
+# Operators that everybody calls; what stands behind them is what was dispatched to.
+_FRONTS = ("scaled_dot_product_attention",)
 
 
 class Dense(Impl):
-    """A layer of dense attention of the cell's heads and dims, and its call of torch's SDPA.
+    """A layer of dense attention of the cell's heads and dims, through the kernel that the cell names.
 
     Of its stages only ``proj`` has a name; attention and cache are ``other``. The specification is sliding
     attention whose window holds every token.
     """
 
     leaves = ("q", "k", "v")
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__(cell)
+        self.kernel = kernel_for(cell.impl)
+
+    def prepare(self, spans: list[Span]) -> list[torch.Tensor]:
+        """Nothing; Refused where the kernel cannot run, now also as the device itself says."""
+        problem = self._problem(spans[-1])
+        self._refuse(self.kernel.refusal(problem) or self.kernel.probe(problem))
+        return []
 
     def layer(self) -> DenseAttention:
         cell = self.cell
@@ -39,6 +52,7 @@ class Dense(Impl):
             cell.dk,
             cell.dv,
             max_seq_len=cell.S,
+            attend=self.kernel,
             dtype=self.dtype,
             device=self.device,
         )
@@ -54,6 +68,7 @@ class Dense(Impl):
             dtype=self.dtype,
             device=self.device,
             keep_graph=keep_graph,
+            tokens_first=self.kernel.tokens_first,
         )
 
     def forward(
@@ -63,7 +78,7 @@ class Dense(Impl):
         return y
 
     def attend(self, inputs: Inputs, route: str) -> torch.Tensor:
-        return dense_attention(**inputs)
+        return self.kernel(**inputs)
 
     def seen(self, whole: Inputs, span: Span, held: Inputs | None = None) -> Inputs:
         start, end = span
@@ -72,7 +87,20 @@ class Dense(Impl):
         return {name: part_of(whole[name], a, b) for name, (a, b) in bounds.items()}
 
     def settle(self, route: str, spans: list[Span]) -> Fields:
-        return {"provider": f"torch {torch.__version__} scaled_dot_product_attention"}
+        problem = self._problem(spans[-1])
+        self._refuse(self.kernel.refusal(problem))
+        return {"provider": self.kernel.provider(problem)}
+
+    def _problem(self, span: Span) -> Problem:
+        start, end = span
+        cell = self.cell
+        sizes = (cell.B, cell.heads, cell.groups, cell.dk, cell.dv, end - start, end)
+        return Problem(self.device, self.dtype, *sizes, gradients=cell.passes != "fwd")
+
+    @staticmethod
+    def _refuse(why: str) -> None:
+        if why:
+            raise Refused("unsupported", why)
 
     def work(self, route: str, parameters: int) -> Work:
         return count_dense_work(self.cell, parameters)
@@ -85,8 +113,8 @@ class Dense(Impl):
 
         def attend(given: Inputs) -> torch.Tensor:
             with profile() as profiler:
-                out = dense_attention(**given)
-            ran.extend(name for name in operators(profiler) if _ATTENTION in name)
+                out = self.kernel(**given)
+            ran.extend(event.name().removeprefix("aten::") for event in recorded(profiler).events())
             return out
 
         def specify(given: Inputs, segment: Segment) -> torch.Tensor:
@@ -95,8 +123,10 @@ class Dense(Impl):
             return reference.sliding_attention(q, given["k"], given["v"], everything, q_start=start)[0]
 
         found = compare(inputs, segments, attend, specify, self.leaves if gradients else ())
-        # What SDPA dispatched to stands behind the operator that everybody calls.
-        seen = [name for name in dict.fromkeys(ran) if name != "scaled_dot_product_attention"]
+        seen = [name for name in dict.fromkeys(ran) if _attends(name)]
+        other = self.kernel.fell_back(seen)
+        if other:
+            raise Refused("invalid", f"fell back: requested {self.cell.impl}, ran {other}")
         return replace(found, proof="operators: " + ", ".join(seen) if seen else "")
 
     def hook(self, layer: DenseAttention | None) -> Hook | None:
@@ -115,3 +145,7 @@ class Dense(Impl):
 
     def cache_bytes(self, cache: DenseCache) -> dict[str, int]:
         return {"kv": cache.bytes()}
+
+
+def _attends(operator: str) -> bool:
+    return operator not in _FRONTS and ("attention" in operator or bool(family_of(operator)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -10,8 +12,11 @@ from nsa import KVCache, NativeSparseAttention, Routing, UnsupportedRoute, nsa_a
 from nsa.blocks import num_compressed_blocks, window_start
 from nsa.routes import BRANCHES, Route
 from nsabench.measure.stages import Hook
+from nsabench.plan import PlanError
 from nsabench.run.check import GRADIENTS, Inputs, Verdict, check_arm
 from nsabench.run.impl import Fields, Impl, Refused
+from nsabench.run.selection import attending, blocks_of
+from nsabench.run.selection_file import unusable
 from nsabench.run.steps import Span, route_at
 from nsabench.run.work import Work, count_work
 
@@ -22,6 +27,15 @@ class Nsa(Impl):
     """The layer ``NativeSparseAttention`` and the function ``nsa_attention``, by any route."""
 
     leaves = GRADIENTS
+    _blocks: Mapping[int, torch.Tensor] = MappingProxyType({})
+
+    def prepare(self, spans: list[Span]) -> list[torch.Tensor]:
+        """The blocks to attend, where the scores do not decide; Refused for a file that is none."""
+        try:
+            self._blocks = blocks_of(self.cell, spans)
+        except PlanError as error:
+            raise Refused("error", str(error)) from None
+        return list(self._blocks.values())
 
     def layer(self) -> NativeSparseAttention:
         return NativeSparseAttention(self.config, self.cell.dim).to(device=self.device, dtype=self.dtype)
@@ -35,11 +49,13 @@ class Nsa(Impl):
     def forward(
         self, layer: NativeSparseAttention, x: torch.Tensor, cache: KVCache | None, route: str
     ) -> torch.Tensor:
-        y: torch.Tensor = layer(x, cache, route)
+        with attending(self._blocks):
+            y: torch.Tensor = layer(x, cache, route)
         return y
 
     def attend(self, inputs: Inputs, route: str) -> torch.Tensor:
-        return nsa_attention(**inputs, config=self.config, routing=route)
+        with attending(self._blocks):
+            return nsa_attention(**inputs, config=self.config, routing=route)
 
     def seen(self, whole: Inputs, span: Span, held: Inputs | None = None) -> Inputs:
         start, end = span
@@ -61,6 +77,8 @@ class Nsa(Impl):
             routes = [self._route(route, span) for span in spans]
         except UnsupportedRoute as error:
             raise Refused("unsupported", str(error)) from None
+        if why := unusable(self.cell):
+            raise Refused("unsupported", why)
         fields: Fields = {}
         for branch in BRANCHES:
             fields[f"{branch}_backend"] = "+".join(dict.fromkeys(r.backend(branch) for r in routes))
@@ -75,7 +93,18 @@ class Nsa(Impl):
 
     def check(self, inputs: Inputs, span: Span, route: str, *, gradients: bool, elements: int) -> Verdict:
         settled = self._route(route, span)
-        return check_arm(inputs, settled, route, self.config, gradients=gradients, elements=elements)
+        found = check_arm(
+            inputs,
+            settled,
+            route,
+            self.config,
+            gradients=gradients,
+            elements=elements,
+            blocks=self._blocks.get(span[0]),
+        )
+        if found.fell_back and not found.reason:
+            raise Refused("invalid", found.fell_back)
+        return found
 
     def alone(self, route: str) -> dict[str, str]:
         routing, found = Routing.parse(route), {}

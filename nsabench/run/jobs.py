@@ -63,8 +63,12 @@ Event = Began | Doing | Done | Over
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one worker: which devices it measures on, and the UUIDs of the GPUs among them."""
+    """A place for one worker: which devices it measures on, and the UUIDs of the GPUs among them.
+
+    ``alone``: its worker sees these GPUs and no other, so that ``cuda`` is the first of them.
+    """
 
     number: int
     devices: frozenset[str]
     gpus: tuple[str, ...] = ()
+    alone: bool = False

@@ -40,10 +40,10 @@ class WorkerProcess:
     """A fresh interpreter in a session of its own that measures with the function ``measure``.
 
     Its environment, search path and torch's numbers of threads are this process's own. ``number`` tells it
-    from the other processes of a run.
+    from the other processes of a run. ``gpus``: UUIDs of the only GPUs that it sees; empty for all.
     """
 
-    def __init__(self, measure: str, number: int) -> None:
+    def __init__(self, measure: str, number: int, gpus: Sequence[str] = ()) -> None:
         self.number = number
         self._incoming, self._printed = bytearray(), bytearray()
         self._gone = self._mute = False
@@ -64,6 +64,7 @@ class WorkerProcess:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(told)],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else None,
                 stdin=subprocess.DEVNULL,
                 stdout=printing,
                 stderr=printing,

@@ -15,12 +15,15 @@ import psutil
 import torch
 
 from nsabench.measure import MeasureError, NvmlSampler, open_sampler
-from nsabench.measure.canary import canary, settle
+from nsabench.measure.canary import LIMIT_S, canary, settle
 from nsabench.plan import Cell
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, refuse_wrong_cache
+from nsabench.run.neighbours import Neighbours
 from nsabench.run.policy import Policy
-from nsabench.run.worker import Sink
+from nsabench.run.rotation import rotation
+from nsabench.run.timing import dropped_rounds
+from nsabench.run.worker import DEVICE_LOST, Sink
 from nsabench.run.workload import Workload, least_bytes, workload_for
 
 Fields = dict[str, Any]
@@ -49,6 +52,7 @@ def measure_group(
     Raises:
         DeviceLost: a cell broke the device's context; cells without a row want a fresh process.
     """
+    neighbours = Neighbours(cells[0].device, policy, sink)
     workloads = _built(cells, sink)
     arms = [
         Arm(cell, workloads[_built_as(cell)], policy, clock, process)
@@ -60,20 +64,34 @@ def measure_group(
     for arm in arms:
         sink.doing(f"checking {_name(arm)} against the specification")
         _guard(arm, arm.prepare, sink)
+    for arm, steps in rotation(arms).items():
+        sink.doing(f"{steps} steps of {_name(arm)} in one graph")
+        _guard(arm, partial(arm.rotate, steps), sink)
     if policy.settle:
         _settle(arms, sink)
     with open_sampler(cells[0].device, clock=clock) as sampler:
         began = clock()
-        _rounds(arms, policy, sampler, sink, clock)
+        with neighbours.over_rounds():
+            _rounds(arms, policy, sampler, sink, clock)
         ended = clock()
     telemetry = sampler.readings
+    if lost := sampler.lost(began, ended):
+        sink.doing(f"NVML stopped answering during the rounds: no more {', '.join(lost)}")
+    read = sampler.summary(began, ended) | sampler.validity(began, ended)
+    if len(arms) > 1:
+        # Spent on all of them: the counter does not tell whose.
+        read["energy_j"] = None
     for arm in arms:
+        arm.fields |= {"neighbour_load_pct": neighbours.load_pct}
+        if sampler.slow_downs(began, ended) is not None:
+            arm.fields["dropped_rounds"] = len(dropped_rounds(arm.samples))
         if arm.fields["status"] == "ok":
             sink.doing(f"stages, branches and memory of {_name(arm)}")
         _guard(arm, arm.finish, sink)
-        arm.fields |= sampler.summary(began, ended) | sampler.validity(began, ended)
+        arm.fields |= read
         arm.release()
-        sink.done(arm.fields, arm.samples, telemetry if arm is arms[0] else ())
+        kernels = arm.kernels if arm.fields["status"] == "ok" else ()
+        sink.done(arm.fields, arm.samples, telemetry if arm is arms[0] else (), kernels)
 
 
 def _built(cells: Sequence[Cell], sink: Sink) -> dict[Cell, Workload]:
@@ -110,7 +128,8 @@ def _settle(arms: Sequence[Arm], sink: Sink) -> None:
     sink.doing("waiting for a steady device")
     # Arms that leave no memory for the canary are measured all the same.
     with suppress(torch.OutOfMemoryError):
-        spread = settle(canary(living[0].cell.device)).spread
+        device = living[0].cell.device
+        spread = settle(canary(device), limit_s=LIMIT_S[torch.device(device).type]).spread
         for arm in living:
             arm.fields["canary_spread_pct"] = 100 * spread
 
@@ -118,9 +137,12 @@ def _settle(arms: Sequence[Arm], sink: Sink) -> None:
 def _rounds(
     arms: list[Arm], policy: Policy, sampler: NvmlSampler, sink: Sink, clock: Callable[[], float]
 ) -> None:
-    """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike."""
+    """Visit every living arm once a round, in a seeded random order, so that drift falls on all alike. A
+    round in which the hardware slowed down counts for none.
+    """
     shuffle = random.Random(f"{arms[0].cell.seed} {arms[0].process}")
     said = -math.inf
+    opened = sampler.edge()["t_s"]
     for number in range(policy.rounds):
         living = [arm for arm in arms if arm.fields["status"] == "ok"]
         if not living:
@@ -129,10 +151,19 @@ def _rounds(
         if clock() - said >= SAID_EVERY_S:
             sink.doing(f"round {number + 1} of {policy.rounds}")
             said = clock()
-        sampler.edge()
         for position, arm in enumerate(living):
             _guard(arm, partial(arm.sample, number, position), sink)
-    sampler.edge()
+        closed = sampler.edge()["t_s"]
+        if slow := sampler.slow_downs(opened, closed):
+            _drop(arms, number, slow)
+        opened = closed
+
+
+def _drop(arms: Sequence[Arm], number: int, why: str) -> None:
+    for arm in arms:
+        for sample in arm.samples:
+            if sample["round"] == number:
+                sample["dropped"] = why
 
 
 def _name(arm: Arm) -> str:
@@ -152,8 +183,9 @@ def _guard(arm: Arm, act: Callable[[], None], sink: Sink) -> None:
             act()
     except _Failed:
         if arm.fields["status"] == "error" and (lost := _lost(arm.cell.device)):
+            arm.fields["reason"] = f"{DEVICE_LOST}: {arm.fields['reason']}"
             sink.done(arm.fields, arm.samples)
-            raise DeviceLost(f"the device was lost when {_name(arm)} failed: {lost}") from None
+            raise DeviceLost(f"{DEVICE_LOST} when {_name(arm)} failed: {lost}") from None
         arm.release()
 
 

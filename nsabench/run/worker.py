@@ -26,7 +26,17 @@ from nsabench.plan import Cell
 MEASURE = "nsabench.run.session:measure_group"
 """The function that measures, as ``module:name``."""
 
+DEVICE_LOST = "the device was lost"
+"""So begins the reason of a cell after which nothing more could be measured in its process."""
+
 Fields = Mapping[str, Any]
+
+_driver: int | None = None
+
+
+def driver() -> int | None:
+    """The process that this one measures for; None where it measures for itself."""
+    return _driver
 
 
 class Sink(Protocol):
@@ -186,6 +196,8 @@ def main(*, channel: int, board: int, lifeline: int, measure: str, threads: tupl
 
     ``threads``: torch's threads within and between operators, as the driver has them; None leaves them.
     """
+    global _driver
+    _driver = os.getppid()
     _die_with(lifeline)
     _prefer_for_oom()
     faulthandler.enable()

@@ -47,11 +47,16 @@ class Workload(ABC):
         self.impl, self.cell, self.config = impl, impl.cell, impl.config
         self.device, self.dtype = impl.device, impl.dtype
         self.steps = steps_of(impl.cell)
+        self._prepared = impl.prepare(self._spans())
         self._upstream: torch.Tensor | None = None
+        self._copies: list[Workload] = []
 
     def settle(self, route: str) -> Fields:
         """Columns that say what will run in its calls; Refused where nothing can."""
-        return self.impl.settle(route, [span for step in self.steps for span in step.spans])
+        return self.impl.settle(route, self._spans())
+
+    def _spans(self) -> list[Span]:
+        return [span for step in self.steps for span in step.spans]
 
     def work(self, route: str) -> Work:
         """What one step must do."""
@@ -79,10 +84,30 @@ class Workload(ABC):
             return Variant(step.name, step.weight, lambda: self._gradient(y, keep=True))
         return Variant(step.name, step.weight, self.training_step(route))
 
+    def copies(self, count: int) -> list[Workload]:
+        """This workload and ``count - 1`` more with equal tensors of their own, for all of its arms: steps
+        that take turns on them never find their data in a cache. TypeError for what cannot be copied.
+        """
+        while len(self._copies) < count - 1:
+            alone = copy.copy(self)
+            alone._copies = []
+            self._copies.append(copy.deepcopy(alone))
+        return [self, *self._copies[: count - 1]]
+
+    def forget_copies(self) -> None:
+        """Give back what `copies` took."""
+        self._copies.clear()
+
     def training_step(self, route: str) -> Callable[[], torch.Tensor]:
         """Forward and backward; returns the gradient of the first leaf."""
         forward = self.graph_step(route)
         return lambda: self._gradient(forward(), keep=False)
+
+    def backward_step(self, route: str) -> tuple[Callable[[], None], Callable[[], torch.Tensor]]:
+        """The same in two: a forward, and the backward of the last forward."""
+        forward = self.graph_step(route)
+        made: list[torch.Tensor] = []
+        return lambda: made.append(forward()), lambda: self._gradient(made.pop(), keep=False)
 
     def _gradient(self, y: torch.Tensor, *, keep: bool) -> torch.Tensor:
         """Gradients of every leaf; the first one's is returned."""
@@ -124,8 +149,9 @@ class Workload(ABC):
         raise NotImplementedError
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes that it holds between steps: ``weights``, ``inputs`` and ``tables``."""
-        return {name: sum(_storage_bytes(t) for t in tensors) for name, tensors in self._held().items()}
+        """Bytes that it holds between steps: ``weights``, ``inputs``, ``tables``, ``selection``."""
+        held = {**self._held(), "selection": self._prepared}
+        return {name: sum(_storage_bytes(t) for t in tensors) for name, tensors in held.items()}
 
     @abstractmethod
     def _held(self) -> dict[str, Sequence[torch.Tensor]]: ...
@@ -357,8 +383,10 @@ def _storage_bytes(t: torch.Tensor) -> int:
 
 def least_bytes(cell: Cell) -> int:
     """Bytes that a cell needs at the very least: the projections of its prompt, which decode makes too, to
-    check its cache. For refusing the hopeless early.
+    check its cache, and the scores of `dense:math`, which holds them all. For refusing the hopeless early.
     """
     keys = cell.groups * (cell.dk + cell.dv)
     projected = cell.heads * cell.dk + (3 * keys if cell.impl == "nsa" else keys)
-    return math.ceil(cell.B * cell.S * projected * ELEMENT_BYTES[cell.dtype])
+    pairs = max((b - a) * b for step in steps_of(cell) for a, b in step.spans)
+    scores = cell.heads * pairs if cell.impl == "dense:math" else 0
+    return math.ceil(cell.B * (cell.S * projected + scores) * ELEMENT_BYTES[cell.dtype])

@@ -1,8 +1,9 @@
 """Intervals that assume no distribution: a median by order statistics, a ratio of pairs by signed ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ _BATCH = 2_000_000
 """Most pairwise means held at a time."""
 
 Values = Sequence[float] | npt.NDArray[np.floating]
+Labels = Sequence[int] | npt.NDArray[np.integer]
 
 
 class StatsError(ValueError):
@@ -52,18 +54,33 @@ def median_interval(values: Values, confidence: float = 0.95) -> Interval:
     return Interval(float(np.median(ordered)), lo, hi, n)
 
 
-def paired_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
+def paired_ratio(
+    a: Values, b: Values, confidence: float = 0.95, *, processes: Labels | None = None
+) -> Interval:
     """Ratio a/b over pairs: `a[i]` and `b[i]` are positive, in one unit, from the same round.
 
     The point is the Hodges-Lehmann estimate of the log-ratios (median of all pairwise means), the interval
     that of the Wilcoxon signed-rank test, both turned back into a ratio. Bounds are None below 6 pairs, and
     where even the whole range is too narrow. StatsError for no pairs, unequal lengths, or a value that is not
     finite and positive.
+
+    `processes`: which process measured each pair. Where things lie in memory differs from one process to the
+    next, and with it the ratio; the rounds of a process share that, so that more of them do not average it
+    out. From two processes on the interval is therefore widened to hold `over_processes`, too. It is never
+    narrower than the rounds alone allow: three processes that agree by chance prove nothing. Simulated,
+    with arms 1 % apart from one process to the next and 3 of 15 rounds each (`suites/verdicts.py`): rounds
+    alone hold the truth in 47 % of sessions and tell equal arms apart, or nothing, in 20 %; this holds it in
+    95 %, with 1 %; 12 processes then find 2 % in 95 %.
     """
-    return paired_ratios([(a, b)], confidence)[0]
+    return paired_ratios([(a, b)], confidence, processes=None if processes is None else [processes])[0]
 
 
-def paired_ratios(pairs: Sequence[tuple[Values, Values]], confidence: float = 0.95) -> list[Interval]:
+def paired_ratios(
+    pairs: Sequence[tuple[Values, Values]],
+    confidence: float = 0.95,
+    *,
+    processes: Sequence[Labels] | None = None,
+) -> list[Interval]:
     """`paired_ratio` of each `(a, b)`: the same numbers, much sooner where there are thousands."""
     logs = [paired_logs(a, b) for a, b in pairs]
     by_length: dict[int, list[int]] = {}
@@ -79,9 +96,79 @@ def paired_ratios(pairs: Sequence[tuple[Values, Values]], confidence: float = 0.
             means = np.sort((stacked[:, rows] + stacked[:, columns]) / 2, axis=1)
             for place, ordered, point in zip(batch, means, np.median(means, axis=1), strict=True):
                 lo, hi = _bounds(ordered, n, below, confidence)
+                if processes is not None and lo is not None and hi is not None:
+                    between = over_processes(logs[place], processes[place], hodges_lehmann)
+                    lo, hi = widened(lo, hi, between, confidence)
                 lo, hi = (None if bound is None else math.exp(bound) for bound in (lo, hi))
                 found[place] = Interval(math.exp(point), lo, hi, n)
     return [found[place] for place in range(len(logs))]
+
+
+@dataclass(frozen=True)
+class Between:
+    """What processes say of a log-ratio: the mean of their estimates, its standard error, and the degrees of
+    freedom that error is known with.
+    """
+
+    mean: float
+    error: float
+    freedom: float
+
+    def reach(self, confidence: float) -> float:
+        """Half the width of the t-interval."""
+        return float(special.stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
+
+    @property
+    def p_value(self) -> float:
+        """Of the t-test that the log-ratio is 0, two-sided."""
+        if not self.error:
+            return float(self.mean == 0)
+        return 2 * float(special.stdtr(self.freedom, -abs(self.mean) / self.error))
+
+
+def over_processes(
+    logs: npt.NDArray[np.float64],
+    processes: Labels,
+    estimate: Callable[[npt.NDArray[np.float64]], Any],
+) -> Between | None:
+    """Each process is one observation, its `estimate` of the log-ratio; None for a single process.
+
+    StatsError where there is not a label for each of `logs`.
+    """
+    labels = np.asarray(processes)
+    if labels.shape != logs.shape:
+        raise StatsError(f"{len(logs)} pairs have {labels.size} processes; each pair needs its own")
+    names = np.unique(labels)
+    if len(names) < 2:
+        return None
+    points = np.array([estimate(logs[labels == name]) for name in names])
+    return Between(float(points.mean()), float(points.std(ddof=1)) / math.sqrt(len(points)), len(points) - 1)
+
+
+def mean_between(parts: Sequence[Between | None]) -> Between | None:
+    """The mean of independent log-ratios (Welch and Satterthwaite); None where one has no error."""
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    squares = [part.error**2 / len(known) ** 2 for part in known]
+    total = sum(squares)
+    ratios = sum(square**2 / part.freedom for square, part in zip(squares, known, strict=True))
+    freedom = total**2 / ratios if ratios else math.inf
+    return Between(sum(part.mean for part in known) / len(known), math.sqrt(total), freedom)
+
+
+def widened(lo: float, hi: float, between: Between | None, confidence: float) -> tuple[float, float]:
+    """Bounds of a log-ratio, moved out as far as it takes to hold the t-interval over processes, too."""
+    if between is None:
+        return lo, hi
+    reach = between.reach(confidence)
+    return min(lo, between.mean - reach), max(hi, between.mean + reach)
+
+
+def hodges_lehmann(logs: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Median of all pairwise means, each value with itself included: ``(..., n) -> (...)``."""
+    rows, columns = np.triu_indices(logs.shape[-1])
+    return np.asarray(np.median((logs[..., rows] + logs[..., columns]) / 2, axis=-1))
 
 
 def unpaired_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:

@@ -1,8 +1,10 @@
 """What the verdicts are worth under trouble: times drawn with planted faults, judged as real ones are.
 
 A session of simulated times has a true ratio and what spoils measurements on real machines: a clock that
-drifts, episodes of throttling, outliers, a penalty for whoever runs second in a round. Rounds visit the arms
-in random order, as the runner does; the same arms timed one after the other show why.
+drifts, episodes of throttling, outliers, a penalty for whoever runs second in a round, an arm that is a
+little slower or faster in all of a process. Rounds visit the arms in random order, as the runner does; the
+same arms timed one after the other show why. Sessions have three processes, as comparisons have, and are
+judged process by process; the same rounds taken for independent ones show why.
 """
 
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ class Trouble:
     `noise`: standard deviation of the log of one time. `drift`: slow-down from the first time to the last.
     `throttle`: slow-down during episodes, each a tenth of the session, that begin with chance `episodes` at
     any time. `second_slot`: penalty of every arm but the first of a round. `outliers`: chance that a time
-    takes half as long again.
+    takes half as long again. `process`: standard deviation of the log of an arm's time from one process to
+    the next, each arm's its own: where its tensors came to lie.
     """
 
     noise: float = 0.01
@@ -30,6 +33,7 @@ class Trouble:
     episodes: float = 0.0
     second_slot: float = 0.0
     outliers: float = 0.0
+    process: float = 0.0
 
 
 TROUBLES = {
@@ -39,7 +43,8 @@ TROUBLES = {
     "throttled by 20 %": Trouble(throttle=0.20, episodes=0.02),
     "second slot 3 % slower": Trouble(second_slot=0.03),
     "outliers in 5 %": Trouble(outliers=0.05),
-    "all of them": Trouble(0.02, 0.10, 0.20, 0.02, 0.03, 0.05),
+    "processes 1 % apart": Trouble(process=0.01),
+    "all of them": Trouble(0.02, 0.10, 0.20, 0.02, 0.03, 0.05, 0.005),
 }
 """The sessions that `rates` are quoted for."""
 
@@ -59,27 +64,25 @@ def session(
     *,
     ratio: float = 1.0,
     rounds: int = 15,
+    processes: int = 3,
     interleaved: bool = True,
+    pooled: bool = False,
     delta: float = DELTA,
 ) -> Judgement:
-    """Judge one simulated session of `rounds`: an arm, the same arm again, and one `ratio` times as slow.
+    """Judge one simulated session of `processes` with `rounds` each: an arm, the same arm again, and one
+    `ratio` times as slow.
 
-    `interleaved`: each round visits the three in random order; otherwise all times of one arm come before the
-    next arm's.
+    `interleaved`: each round visits the three in random order; otherwise a process has all times of one arm
+    before the next arm's. `pooled`: the rounds of all processes are taken for independent.
     """
-    if rounds < 1 or ratio <= 0:
-        raise StatsError(f"a session needs at least 1 round and a positive ratio, got {rounds} and {ratio}")
-    order = np.tile(np.arange(3), (rounds, 1))
-    slots = order.copy()
-    if interleaved:
-        order = random.permuted(order, axis=1)
-    else:
-        order = np.repeat(np.arange(3), rounds).reshape(rounds, 3)
-        slots = np.zeros_like(order)
-    times = _conditions(random, trouble, 3 * rounds).reshape(rounds, 3)
-    times = times * np.where(slots > 0, 1 + trouble.second_slot, 1.0) * np.where(order == 2, ratio, 1.0)
-    arms = [times[order == arm] for arm in range(3)]
-    return judge(arms[0], arms[2], aa=(arms[0], arms[1]), delta=delta)
+    if rounds < 1 or processes < 1 or ratio <= 0:
+        given = f"{processes}, {rounds} and {ratio}"
+        raise StatsError(f"a session needs processes, rounds and a positive ratio; got {given}")
+    times = np.concatenate([_process(random, trouble, rounds, interleaved) for _ in range(processes)], axis=1)
+    times[2] *= ratio
+    labels = None if pooled else np.repeat(np.arange(processes), rounds)
+    aa = times[0], times[1]
+    return judge(times[0], times[2], aa=aa, delta=delta, processes=labels, aa_processes=labels)
 
 
 def rates(
@@ -87,8 +90,10 @@ def rates(
     *,
     ratio: float = 1.0,
     rounds: int = 15,
+    processes: int = 3,
     sessions: int = 400,
     interleaved: bool = True,
+    pooled: bool = False,
     delta: float = DELTA,
     seed: int = 0,
 ) -> Rates:
@@ -97,10 +102,34 @@ def rates(
         raise StatsError(f"sessions is {sessions}; it must be at least 1")
     random = np.random.default_rng(seed)
     judged = [
-        session(random, trouble, ratio=ratio, rounds=rounds, interleaved=interleaved, delta=delta)
+        session(
+            random,
+            trouble,
+            ratio=ratio,
+            rounds=rounds,
+            processes=processes,
+            interleaved=interleaved,
+            pooled=pooled,
+            delta=delta,
+        )
         for _ in range(sessions)
     ]
     return Rates(sessions, _covered(judged, ratio), _shares([j.verdict for j in judged]))
+
+
+def _process(random: np.random.Generator, trouble: Trouble, rounds: int, interleaved: bool) -> np.ndarray:
+    """Times of three equal arms in the rounds of one process, ``(3, rounds)``."""
+    order = np.tile(np.arange(3), (rounds, 1))
+    slots = order.copy()
+    if interleaved:
+        order = random.permuted(order, axis=1)
+    else:
+        order = np.repeat(np.arange(3), rounds).reshape(rounds, 3)
+        slots = np.zeros_like(order)
+    times = _conditions(random, trouble, 3 * rounds).reshape(rounds, 3)
+    times = times * np.where(slots > 0, 1 + trouble.second_slot, 1.0)
+    own = np.exp(random.normal(0.0, trouble.process, 3))
+    return np.stack([own[arm] * times[order == arm] for arm in range(3)])
 
 
 def _covered(judged: Sequence[Judgement], ratio: float) -> float:

@@ -15,11 +15,16 @@ import numpy as np
 from nsabench.stats.intervals import (
     MIN_VALUES,
     Interval,
+    Labels,
     StatsError,
     Values,
+    hodges_lehmann,
+    mean_between,
+    over_processes,
     paired_logs,
     paired_ratio,
     unpaired_ratio,
+    widened,
 )
 
 DELTA = 0.01
@@ -37,8 +42,8 @@ class Judgement:
     `ratio` is time of b over time of a (below 1, b is faster), with the signed-rank interval; `mean` the
     geometric mean ratio with the t-interval, beside it for whoever prefers that. `delta` is what a difference
     had to pass, a fraction: the margin or the session's noise; `aa` the ratio of one arm to itself; `p_value`
-    that of the signed-rank test, corrected where several comparisons were judged together; `why` the verdict
-    in words.
+    that of the signed-rank test, or of the t-test over processes where that is larger, corrected where
+    several comparisons were judged together; `why` the verdict in words.
     """
 
     verdict: Verdict
@@ -57,10 +62,14 @@ def judge(
     aa: tuple[Values, Values] | None = None,
     delta: float = DELTA,
     confidence: float = 0.95,
+    processes: Labels | None = None,
+    aa_processes: Labels | None = None,
 ) -> Judgement:
     """Judge times `b` against times `a`, pair by pair of the same round, any one unit.
 
     `aa`: times of one arm that ran twice in these rounds. `delta`: the smallest margin, a fraction above 0.
+    `processes`, `aa_processes`: which process measured each pair of the two, as `paired_ratio` has it; None
+    takes all rounds for those of one.
 
     FASTER and SLOWER: the interval excludes 1 and the point is beyond `delta` and beyond the A/A interval.
     SAME: the interval is inside `delta`. INCONCLUSIVE: neither, or fewer than 6 rounds. INVALID: the arm that
@@ -68,12 +77,13 @@ def judge(
     that is not positive.
     """
     _check_delta(delta)
-    ratio = paired_ratio(b, a, confidence)
-    own = None if aa is None else paired_ratio(aa[1], aa[0], confidence)
+    ratio = paired_ratio(b, a, confidence, processes=processes)
+    own = None if aa is None else paired_ratio(aa[1], aa[0], confidence, processes=aa_processes)
     margin = max(delta, noise_floor(own))
     verdict, why = _verdict(ratio, own, delta, margin)
-    p_value = _signed_rank_p(b, a) if ratio.n >= MIN_VALUES else None
-    return Judgement(verdict, ratio, mean_ratio(b, a, confidence), margin, own, p_value, why)
+    p_value = _p_value(b, a, processes) if ratio.n >= MIN_VALUES else None
+    mean = mean_ratio(b, a, confidence, processes)
+    return Judgement(verdict, ratio, mean, margin, own, p_value, why)
 
 
 def judge_unpaired(a: Values, b: Values, *, delta: float = DELTA, confidence: float = 0.95) -> Judgement:
@@ -103,10 +113,10 @@ def noise_floor(aa: Interval | None) -> float:
     return math.expm1(max(abs(math.log(aa.lo)), abs(math.log(aa.hi))))
 
 
-def mean_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
+def mean_ratio(a: Values, b: Values, confidence: float = 0.95, processes: Labels | None = None) -> Interval:
     """Geometric mean of a/b over pairs, with the t-interval of the log-ratios; no bounds below 6 pairs.
 
-    Raises StatsError as `paired_ratio`.
+    `processes` and StatsError as in `paired_ratio`.
     """
     from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
 
@@ -115,29 +125,43 @@ def mean_ratio(a: Values, b: Values, confidence: float = 0.95) -> Interval:
     if n < MIN_VALUES:
         return Interval(math.exp(point), None, None, n)
     reach = float(scipy_stats.t.ppf((1 + confidence) / 2, n - 1) * scipy_stats.sem(logs))
-    return Interval(math.exp(point), math.exp(point - reach), math.exp(point + reach), n)
+    lo, hi = point - reach, point + reach
+    if processes is not None:
+        lo, hi = widened(lo, hi, over_processes(logs, processes, np.mean), confidence)
+    return Interval(math.exp(point), math.exp(lo), math.exp(hi), n)
 
 
 def geometric_mean(
-    pairs: Sequence[tuple[Values, Values]], *, confidence: float = 0.95, seed: int = 0, resamples: int = 2000
+    pairs: Sequence[tuple[Values, Values]],
+    *,
+    processes: Sequence[Labels] | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> Interval:
     """Geometric mean over cells of a/b, each cell by its Hodges-Lehmann ratio; `n` counts the cells.
 
     The interval resamples the rounds of each cell (percentile bootstrap): it says how well these cells are
-    known, not what other cells would give. None below 6 rounds in any cell. StatsError for no cells, and as
+    known, not what other cells would give. It is widened by what differs between the `processes` of each
+    cell, as in `paired_ratio`. None below 6 rounds in any cell. StatsError for no cells, and as
     `paired_ratio`.
     """
     if not pairs:
         raise StatsError("a geometric mean needs at least one cell, got none")
     logs = [paired_logs(a, b) for a, b in pairs]
-    point = float(np.mean([_hodges_lehmann(cell[None, :])[0] for cell in logs]))
+    point = float(np.mean([hodges_lehmann(cell) for cell in logs]))
     if min(len(cell) for cell in logs) < MIN_VALUES:
         return Interval(math.exp(point), None, None, len(logs))
     random = np.random.default_rng(seed)
     total = np.zeros(resamples)
     for cell in logs:
-        total += _hodges_lehmann(cell[random.integers(0, len(cell), (resamples, len(cell)))])
+        total += hodges_lehmann(cell[random.integers(0, len(cell), (resamples, len(cell)))])
     low, high = np.quantile(total / len(logs), [(1 - confidence) / 2, (1 + confidence) / 2])
+    if processes is not None:
+        between = mean_between(
+            [over_processes(cell, one, hodges_lehmann) for cell, one in zip(logs, processes, strict=True)]
+        )
+        low, high = widened(low, high, between, confidence)
     return Interval(math.exp(point), math.exp(low), math.exp(high), len(logs))
 
 
@@ -217,19 +241,16 @@ def _percent(ratio: float) -> str:
     return f"{percent:+.0f} %" if abs(percent) >= 100 else f"{percent:+.2g} %"
 
 
-def _signed_rank_p(a: Values, b: Values) -> float:
+def _p_value(a: Values, b: Values, processes: Labels | None) -> float:
+    """Of the signed-rank test over rounds, or of the t-test over processes where that is larger."""
     from scipy import stats as scipy_stats  # late: half a second that no table or figure need wait for
 
     logs = paired_logs(a, b)
     if not np.any(logs):
         return 1.0
-    return float(scipy_stats.wilcoxon(logs, method="exact" if len(logs) <= 50 else "approx").pvalue)
-
-
-def _hodges_lehmann(logs: np.ndarray) -> np.ndarray:
-    """Median of all pairwise means of each row, ``(rows, n) -> (rows,)``."""
-    first, second = np.triu_indices(logs.shape[1])
-    return np.asarray(np.median((logs[:, first] + logs[:, second]) / 2, axis=1))
+    p_value = float(scipy_stats.wilcoxon(logs, method="exact" if len(logs) <= 50 else "approx").pvalue)
+    between = None if processes is None else over_processes(logs, processes, hodges_lehmann)
+    return p_value if between is None else max(p_value, between.p_value)
 
 
 def _holm(p_values: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,4 +54,15 @@ def load_peaks(path: Path) -> dict[str, Any] | None:
         raise StoreError(f"{path} is damaged: nsabench doctor --calibrate writes it anew") from None
     if not isinstance(found, dict):
         raise StoreError(f"{path} is damaged: nsabench doctor --calibrate writes it anew")
+    return found
+
+
+def stored_peaks(environment: Mapping[str, Any], devices: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By device, the peaks kept of it on this machine; a device without any that can be read is left out."""
+    found = {}
+    for device in dict.fromkeys(devices):
+        with suppress(StoreError):
+            peaks = load_peaks(peaks_file(environment, device))
+            if peaks:
+                found[device] = peaks
     return found

@@ -26,6 +26,7 @@ from nsabench.store.files import (
     sync_folder,
 )
 from nsabench.store.journal import JOURNAL_FILE, RUN_FILE, journal_line, read_info
+from nsabench.store.machine import stored_peaks
 from nsabench.store.repair import inspect, repair
 from nsabench.store.schema import SCHEMA_VERSION, TABLES, SchemaError, check_row, clean_row
 
@@ -78,14 +79,16 @@ class RunDir:
         """A new run in a new folder of `root`, named after UTC time, `name` and the commit in `environment`.
 
         `tags` are words to find the run by, repeated ones kept once; `suite` is the suite it came from, as
-        resolved; `comparison` says which cells were held against each other, and how. The folder appears
-        whole or not at all. StoreError where `root` cannot be written, or `name` cannot name a folder or a
-        tag is no word, DiskError where the disk is full; either leaves nothing behind.
+        resolved; `comparison` says which cells were held against each other, and how. What this machine was
+        measured to reach goes in as `peaks`, by device. The folder appears whole or not at all. StoreError
+        where `root` cannot be written, or `name` cannot name a folder or a tag is no word, DiskError where
+        the disk is full; either leaves nothing behind.
         """
         if not _NAME.fullmatch(name):
             raise StoreError(f"run name {name!r} is not usable; allowed: letters, digits and _.-, up to 64")
         check_tags(tags)
         now = utc_now()
+        peaks = stored_peaks(environment, (str(cell["device"]) for cell in plan if "device" in cell))
         info = {
             "schema_version": SCHEMA_VERSION,
             "run_id": None,
@@ -99,6 +102,7 @@ class RunDir:
             **({} if comparison is None else {"comparison": comparison}),
             "policy": policy,
             "environment": environment,
+            **({"peaks": peaks} if peaks else {}),
             "plan": plan,
         }
         try:
@@ -123,15 +127,7 @@ class RunDir:
         ones too), a damaged one, and one that another process is writing.
         """
         path = Path(path)
-        info = read_info(path)
-        if "sources" in info:
-            raise StoreError(f"{path} is merged from {len(info['sources'])} runs; continue those, then merge")
-        version = info["schema_version"]
-        if version < SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} has schema {version}, which can be read but not continued; "
-                f"this nsabench writes {SCHEMA_VERSION}: measure anew"
-            )
+        refuse_unless_continuable(path)
         try:
             inspect(path)
         except OSError as error:
@@ -223,7 +219,8 @@ class RunDir:
                     sizes[file] = append(self.path / file, csv_rows(clean[file]))
             append(self.path / JOURNAL_FILE, journal_line(clean["cells.csv"][0], sizes))
         except OSError as error:
-            safe = f"{len(self.finished)} finished cells are safe, resume to go on"
+            goes_on = "" if "comparison" in self.info else ", resume to go on"
+            safe = f"{len(self.finished)} finished cells are safe{goes_on}"
             raise DiskError(f"cannot write {self.path}: {error.strerror or error}; {safe}") from error
         self._torn = False
         self._sizes = sizes
@@ -293,6 +290,19 @@ def _missing_folders(path: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         return [p for p in (path, *path.parents) if not p.exists()]
     return []
+
+
+def refuse_unless_continuable(path: Path) -> None:
+    """StoreError for a folder that is no run, a merged run, and one of another schema."""
+    info = read_info(path)
+    if "sources" in info:
+        raise StoreError(f"{path} is merged from {len(info['sources'])} runs; continue those, then merge")
+    version = info["schema_version"]
+    if version < SCHEMA_VERSION:
+        raise StoreError(
+            f"{path} has schema {version}, which can be read but not continued; "
+            f"this nsabench writes {SCHEMA_VERSION}: measure anew"
+        )
 
 
 def _take_lock(path: Path) -> filelock.BaseFileLock:

@@ -12,7 +12,7 @@ from functools import cache
 from numbers import Real
 from typing import Any, Literal
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 STATUSES = ("ok", "unsupported", "wrong", "oom", "timeout", "hang", "nan", "error", "invalid")
 """What became of a cell. Only `ok` rows carry performance columns; every other status carries a reason."""
@@ -104,7 +104,11 @@ _TIME = (
     _float("ms_plain", "ms", "decode: step that completes no compressed block"),
     _int("n_samples", "samples", "raw samples behind ms_total"),
     _int("n_rounds", "rounds", "rounds behind ms_total"),
-    _text("timer", "cpu, event or graph"),
+    _text("timer", "cpu, host, event or graph"),
+    _text("cross_timer", "the timer that cross-checks, in a pass of its own; empty without one"),
+    _float("ms_cross", "ms", "time of one step by cross_timer"),
+    _text("timers_note", "how the two timers disagree; empty when they do not"),
+    _int("copies", "copies", "copies of its tensors that a step rotates through; 1 is none"),
     _text("regime", "latency (one step at a time) or sustained (back to back)"),
     _text("cache", "cold or warm: state of the last-level cache before a step"),
     *(_float(f"ms_{s}", "ms", f"time of stage {s} inside the step") for s in STAGES),
@@ -120,6 +124,8 @@ _WORK = (
     _int("bytes", "bytes", "memory traffic the step needs, counted from its shapes"),
     _int("reads_tokens", "tokens", "KV tokens one query reads"),
     _int("reads_tokens_dense", "tokens", "KV tokens one query of dense attention reads"),
+    _float("neighbour_overlap", "1", "part of a query's free blocks that the query before it selects too"),
+    _float("union_blocks", "blocks", "blocks that four neighbouring queries select together, mean"),
     _float("tflops", "TFLOP/s", "flops over ms_total"),
     _float("gbps", "GB/s", "bytes over ms_total, 1 GB = 1e9 bytes"),
     _float("pct_of_limit", "%", "limit time over ms_total, from this machine's measured peaks"),
@@ -137,8 +143,8 @@ _MEMORY = (
 )
 
 _NVML = (
-    _float("power_w", "W", "mean power while the cell was measured"),
-    _float("energy_j", "J", "energy spent while the cell was measured"),
+    _float("power_w", "W", "mean power over the rounds, in which all arms of the shape take turns"),
+    _float("energy_j", "J", "energy spent in the rounds of a cell alone; empty below 50 counter updates"),
     _float("temp_c", "C", "highest GPU temperature while the cell was measured"),
     _float("sm_clock_mhz", "MHz", "median SM clock"),
     _float("mem_clock_mhz", "MHz", "median memory clock"),
@@ -154,6 +160,10 @@ _VALIDITY = (
     _float("host_bound", "1", "host time over device time: how launch-bound eager use is"),
     _float("power_capped_pct", "%", "part of the readings under a power cap"),
     _float("clock_spread_pct", "%", "spread of the SM clock over its median"),
+    _float("queue_gated_pct", "%", "steps whose device time holds host time, because the host was late"),
+    _float("cold_probe", "1", "rate of re-reading a marker after the flush over that of memory"),
+    _int("dropped_rounds", "rounds", "rounds that do not count, because the hardware slowed down"),
+    _float("neighbour_load_pct", "%", "the most that others used of the device, before or in the rounds"),
     _float("canary_spread_pct", "%", "spread of fixed work timed before the rounds; up to 1 is steady"),
     _float("aa_lo", "1", "lower end of the same arm measured twice, as a ratio; 1 is no difference"),
     _float("aa_hi", "1", "upper end of the same arm measured twice, as a ratio; 1 is no difference"),
@@ -171,6 +181,7 @@ SAMPLE_COLUMNS = (
     _text("variant", "emit, plain or empty: the kind of decode step"),
     _int("iters", "steps", "steps in this sample"),
     _float("ms", "ms", "time of one step, mean over iters"),
+    _text("dropped", "why the round does not count; empty when it does"),
     _float("t_s", "s", "start of the sample since the start of the run"),
 )
 """samples.csv: one row per raw sample, in time order."""
@@ -208,7 +219,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "kernels.csv": KERNEL_COLUMNS,
 }
 
-_SINCE = {"scope": 2, "twin": 2, "canary_spread_pct": 2}
+_SINCE = {
+    **dict.fromkeys(("scope", "twin", "canary_spread_pct"), 2),
+    **dict.fromkeys(("cross_timer", "ms_cross", "timers_note", "copies"), 3),
+    **dict.fromkeys(("neighbour_overlap", "union_blocks"), 3),
+    **dict.fromkeys(("queue_gated_pct", "cold_probe", "dropped_rounds", "neighbour_load_pct", "dropped"), 3),
+}
 _BEFORE: dict[str, str | int] = {"scope": "module", "twin": 0}
 
 
@@ -222,7 +238,9 @@ def upgraded(row: Mapping[str, Any], version: int) -> dict[str, Any]:
     return {**row, **{name: value for name, value in _BEFORE.items() if version < _SINCE[name]}}
 
 
-_NOT_PERFORMANCE = {"n_samples", "n_rounds", "timer", "regime", "cache", "shares_note"}
+_NOT_PERFORMANCE = {"n_samples", "n_rounds", "timer", "regime", "cache", "shares_note"} | {
+    *("cross_timer", "timers_note", "copies"),
+}
 _DERIVED = {"tflops", "gbps", "pct_of_limit", "tokens_per_s"}
 _MEASURED_MEMORY = {"peak_alloc_bytes", "peak_reserved_bytes", "nvml_used_bytes"}
 PERFORMANCE_COLUMNS = frozenset(

@@ -1,4 +1,6 @@
-"""The fa2 backend: its arithmetic on an emulator of FlashAttention 2, anywhere; the kernels on a GPU."""
+"""The fa2, fa3 and fa4 backends: their arithmetic on an emulator of FlashAttention, anywhere; the kernels of
+FlashAttention 2 on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from nsa import reference
-from nsa.backends import flash
-from nsa.backends._flash_library import FlashAttn, TorchVarlen
+from nsa.backends import _flash_packs, _flash_rows
+from nsa.backends._flash_library import FULL, FlashAttn, FlashAttn3, FlashAttn4, Library, TorchVarlen
+from nsa.backends.flash import FA2
 from nsa.config import NSAConfig
 from nsa.testing import Check, against_spec
 from tests import flash_attn_emulator as emulator
@@ -20,6 +23,8 @@ LIBRARIES = {
     "flash_attn": FlashAttn(emulator.PACKAGE, "flash_attn 2.8.3"),
     "torch": TorchVarlen(emulator.TORCH, "torch 2.13.0 varlen"),
     "torch-2.11": TorchVarlen(emulator.TORCH_211, "torch 2.11.0 varlen"),
+    "fa3": FlashAttn3(emulator.FLASH3, "flash_attn_3 3.0.0"),
+    "fa4": FlashAttn4(emulator.Cute(9), "flash-attn-4 4.0.0b20", 9),
 }
 SPECIFICATION = {
     "sliding_attention": reference.sliding_attention,
@@ -30,6 +35,14 @@ SPECIFICATION = {
 }
 SLIDING = ["sliding_attention", "sliding_attention_varlen"]
 COMPRESSED = ["compressed_attention", "compressed_attention_varlen"]
+
+# The same arithmetic whichever library computes: the fixtures below say which.
+flash = FA2
+
+
+def use(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    monkeypatch.setattr(flash, "library", lambda: library)
+
 
 Tensors = dict[str, torch.Tensor]
 QStart = int | list[int]
@@ -110,7 +123,7 @@ def assert_agrees(branch: str, config: NSAConfig, tensors: Tensors, q_start: QSt
 
 @pytest.fixture(params=LIBRARIES)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(flash, "load", lambda: LIBRARIES[request.param])
+    use(monkeypatch, LIBRARIES[request.param])
     return str(request.param)
 
 
@@ -118,7 +131,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def package(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The emulated package alone, for a test to break or to watch."""
     namespace = SimpleNamespace(**vars(emulator.PACKAGE))
-    monkeypatch.setattr(flash, "load", lambda: FlashAttn(namespace, "flash_attn 2.8.3"))
+    use(monkeypatch, FlashAttn(namespace, "flash_attn 2.8.3"))
     return namespace
 
 
@@ -231,7 +244,7 @@ def test_selected_over_fewer_or_more_keys(library: str, rows: int, keys: int) ->
 
 def test_selected_in_chunks_is_the_same(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, branch = small(), "selected_attention"
-    monkeypatch.setattr(flash, "PACKED_BYTES", 5 * 2 * 2 * 24 * 8 * 8)  # five queries at most
+    monkeypatch.setattr(_flash_packs, "PACKED_BYTES", 5 * 2 * 2 * 24 * 8 * 8)  # five queries at most
     for q_start in (0, [0, 9]):
         assert_agrees(branch, config, inputs(branch, config, 24, q_start), q_start)
 
@@ -250,6 +263,28 @@ def test_head_dims(library: str, branch: str, dim: int, value_dim: int) -> None:
     config = small(head_dim=dim, value_dim=value_dim)
     for q_start in (0, [0, 6]):
         assert_agrees(branch, config, inputs(branch, config, 17, q_start), q_start)
+
+
+@pytest.mark.parametrize("branch", SPECIFICATION)
+def test_the_first_releases_of_flash_attention_3(monkeypatch: pytest.MonkeyPatch, branch: str) -> None:
+    use(monkeypatch, FlashAttn3(emulator.FLASH3_FIRST, "flash_attn_3 3.0.0b1"))
+    for rows, q_start in ((27, 0), (1, 30), (9, 50), (1, [9, 40])):
+        assert_agrees(branch, small(), inputs(branch, small(), rows, q_start), q_start)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(192, 128), (128, 128), (20, 12), (8, 24)])
+@pytest.mark.parametrize("branch", SPECIFICATION)
+def test_head_dims_of_flash_attention_4_on_blackwell(
+    monkeypatch: pytest.MonkeyPatch, branch: str, dim: int, value_dim: int
+) -> None:
+    """Its kernels have no width of 192 for values, so nothing is padded to one."""
+    use(monkeypatch, FlashAttn4(emulator.Cute(10), "flash-attn-4 4.0.0b20", 10))
+    config = small(head_dim=dim, value_dim=value_dim)
+    for rows, q_start in ((17, 0), (11, [0, 6])):
+        tensors = inputs(branch, config, rows, q_start)
+        assert_agrees(branch, config, tensors, q_start)
+    empty = inputs(branch, config, 3, 0, keys=0)
+    assert_agrees(branch, config, empty)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -386,7 +421,7 @@ def test_selected_packs_exactly_the_keys_of_the_specification(package: SimpleNam
 def test_selected_keeps_to_the_sequences_one_launch_takes(
     package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flash, "MAX_SEQUENCES", 7)
+    monkeypatch.setattr(_flash_packs, "MAX_SEQUENCES", 7)
     calls = _watch(package)
     config = small()
     flash.selected_attention(**inputs("selected_attention", config, 10, 0), config=config)
@@ -404,7 +439,7 @@ def test_torch_s_own_operator_takes_the_calls_and_no_value_is_read_on_the_host(
     # Meta tensors have shapes and no values: reading one is an error.
     from torch.nn.attention import varlen
 
-    monkeypatch.setattr(flash, "load", lambda: TorchVarlen(varlen, "torch varlen"))
+    use(monkeypatch, TorchVarlen(varlen, "torch varlen"))
     config = small(6, 2, value_dim=24)
     tensors = inputs(branch, config, rows, q_start, dtype=torch.bfloat16, device="meta")
     given = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -440,7 +475,7 @@ def _causal_when_packed(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatc
 
 
 def _never_causal(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash, "CAUSAL", flash.FULL)
+    monkeypatch.setattr(_flash_rows, "CAUSAL", FULL)
 
 
 def _top_left(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,15 +486,19 @@ def _top_left(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _phase_off_by_one(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = flash._staircase
+    right = _flash_rows._staircase
     monkeypatch.setattr(
-        flash, "_staircase", lambda rows, blocks, q_start, config: right(rows, blocks, q_start + 1, config)
+        _flash_rows,
+        "_staircase",
+        lambda rows, blocks, q_start, config: right(rows, blocks, q_start + 1, config),
     )
 
 
 def _own_token_hidden(package: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = flash._sources
-    monkeypatch.setattr(flash, "_sources", lambda chosen, position, *rest: right(chosen, position - 1, *rest))
+    right = _flash_packs._sources
+    monkeypatch.setattr(
+        _flash_packs, "_sources", lambda chosen, position, *rest: right(chosen, position - 1, *rest)
+    )
 
 
 @pytest.mark.parametrize(
@@ -528,7 +567,7 @@ def test_kernels(
 def test_kernels_in_chunks_and_over_strange_lists(
     kernels: None, branch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flash, "PACKED_BYTES", 2**18)
+    monkeypatch.setattr(_flash_packs, "PACKED_BYTES", 2**18)
     config = small(6, 2)
     for rows, q_start in ((61, 0), (3, 500)):
         tensors = inputs(branch, config, rows, q_start, dtype=torch.bfloat16, device="cuda")

@@ -1,4 +1,4 @@
-"""The emulator the fa2 tests stand on, against what FlashAttention 2 documents."""
+"""The emulator the fa2, fa3 and fa4 tests stand on, against what FlashAttention documents."""
 
 from __future__ import annotations
 
@@ -103,3 +103,56 @@ def test_emulated_torch_has_the_arguments_of_the_installed_one() -> None:
     emulated = inspect.signature(emulator.varlen_attn_211).parameters
     assert [real[name].kind for name in emulated] == [p.kind for p in emulated.values()]
     assert varlen.AuxRequest._fields == emulator.AuxRequest._fields
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "picture"),
+    [(2, 5, ["11110", "11111"]), (5, 2, ["00", "00", "00", "10", "11"])],
+)
+def test_newer_generations_draw_the_same_causal_pictures(rows: int, keys: int, picture: list[str]) -> None:
+    for window in (
+        emulator.normalised3((-1, -1), True, rows, keys),
+        emulator.normalised3((-1, 0), False, rows, keys),
+        emulator.normalised4((None, None), True),
+        emulator.normalised4((None, 0), False),
+    ):
+        drawn = emulator.mask(rows, keys, window)
+        assert ["".join(str(int(x)) for x in row) for row in drawn] == picture
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 7), (3, 7), (7, 7), (1, 1), (4, 9)])
+@pytest.mark.parametrize("left", [0, 1, 5, 6, 7, 20])
+def test_a_window_is_the_same_in_every_generation(rows: int, keys: int, left: int) -> None:
+    drawn = emulator.mask(rows, keys, emulator.normalised((left, 0), True, keys))
+    assert drawn.equal(emulator.mask(rows, keys, emulator.normalised3((left, 0), True, rows, keys)))
+    assert drawn.equal(emulator.mask(rows, keys, emulator.normalised4((left, 0), False)))
+
+
+def test_newer_generations_mark_an_empty_row_by_minus_infinity() -> None:
+    q, k = torch.randn(1, 3, 2, 8), torch.randn(1, 1, 2, 8)
+    _, lse = emulator.flash3_func(q, k, k, causal=True, return_attn_probs=True)
+    _, other = emulator.Cute(9).flash_attn_func(q, k, k, causal=True, return_lse=True)
+    assert other is not None
+    assert lse.equal(other)
+    assert (lse[:, :, :2] == -torch.inf).all()
+    assert torch.isfinite(lse[:, :, 2]).all()
+    assert emulator.Cute(9).flash_attn_func(q, k, k)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("major", "dims", "window"),
+    [
+        (9, (192, 128), (None, None)),
+        (9, (264, 264), (None, None)),
+        (10, (192, 192), (None, None)),
+        (10, (256, 256), (None, None)),
+        (10, (12, 12), (None, None)),
+        (9, (8, 8), (-1, 0)),
+    ],
+)
+def test_emulator_of_flash_attention_4_refuses(
+    major: int, dims: tuple[int, int], window: tuple[int | None, int | None]
+) -> None:
+    q, v = torch.randn(1, 3, 2, dims[0]), torch.randn(1, 3, 2, dims[1])
+    with pytest.raises(emulator.Refused):
+        emulator.Cute(major).flash_attn_func(q, q, v, window_size=window)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import nsabench.store.runs
 from nsabench.commands import _contest
 from nsabench.commands._compare_options import part_of_one
 from nsabench.plan import PlanError
@@ -54,8 +57,8 @@ def test_two_routes(compare: Call, the_run: TheRun) -> None:
     run = the_run()
     lines = done.out.splitlines()
     assert lines[0] == (
-        "prefill on cpu, 1 shape: timer cpu, warm cache; at least 3 processes of 8 rounds, until each "
-        "interval is within 0.5 % or 1 s are spent"
+        "prefill on cpu, 1 shape: timer cpu, latency, warm cache; at least 3 processes of 8 rounds, until "
+        "each interval is within 0.5 % or 1 s are spent"
     )
     assert lines[1] == "[1/1] S=64 auto, sdpa: 3 processes, 3 ok"
     assert lines[2] == f"results: results/{run.run_id}"
@@ -128,6 +131,82 @@ def test_too_few_rounds_are_inconclusive(compare: Call, monkeypatch: pytest.Monk
     done = compare("sdpa=1.4", "auto", "sdpa", "--processes", "1", "--rounds", "5")
     assert done.code == 3
     assert done.out.splitlines()[-1] == "sdpa beside auto: INCONCLUSIVE, 5 rounds give no interval; 6 do"
+
+
+def test_a_verdict_beside_other_processes_is_none(compare: Call, the_run: TheRun) -> None:
+    done = compare("sdpa=0.4;load=4;load@1=52", "auto", "sdpa", "--json", "--fail-if", "faster")
+    (one,) = done.rows
+    assert (done.code, one["verdict"]) == (3, "INVALID")
+    assert one["why"] == "other processes used 52 % of the cores"
+    assert [row["neighbour_load_pct"] for row in the_run().rows] == [52.0] * 3
+
+
+def test_some_load_is_told_with_the_verdict(compare: Call) -> None:
+    done = compare("sdpa=1.4;load=14;noise=0.001", "auto", "sdpa", "--json")
+    (one,) = done.rows
+    assert (done.code, one["verdict"]) == (0, "SLOWER")
+    assert one["why"].endswith("; other processes used 14 % of the cores")
+    assert "cores" not in compare("sdpa=1.4;load=9;noise=0.001", "auto", "sdpa", "--json").rows[0]["why"]
+
+
+def test_each_process_waits_for_quiet_within_the_budget(compare: Call, the_run: TheRun) -> None:
+    compare("sdpa=1.4;noise=0.001", "auto", "sdpa", "--processes", "1")
+    assert the_run().info["policy"]["quiet_s"] == _contest.WAITED * 1.0
+
+
+def test_dropped_rounds_are_told_and_too_many_are_invalid(compare: Call, the_run: TheRun) -> None:
+    done = compare("sdpa=1.4;drop@0=1;noise=0.001", "auto", "sdpa")
+    assert done.code == 0
+    assert "1 of 24 rounds dropped for hw_thermal" in done.out
+    assert done.out.splitlines()[-1] == "sdpa is SLOWER than auto by 40 %"
+    assert [row["dropped_rounds"] for row in the_run().rows] == [1] * 3
+
+
+def test_a_gpu_that_slows_down_too_often_gives_no_verdict(compare: Call, the_run: TheRun) -> None:
+    done = compare("sdpa=1.4;drop=2;noise=0.001", "auto", "sdpa", "--json")
+    assert (done.code, done.rows[0]["verdict"]) == (3, "INVALID")
+    assert done.rows[0]["why"] == ("auto is invalid: 6 of 24 rounds dropped for hw_thermal; allowed 20 %")
+    assert {row["status"] for row in the_run().rows} == {"invalid"}
+    assert len(the_run().samples) == 72
+
+
+def test_a_device_that_disappears_is_exit_code_4(compare: Call, the_run: TheRun) -> None:
+    lost = ";".join(f"{arm}@{process}=lost" for arm in ("auto", "sdpa", "again") for process in range(3, 9))
+    done = compare(f"sdpa=1.4;noise=0.001;{lost}", "auto", "sdpa", "--S", "32,64")
+    run = the_run()
+    why = "the device was lost: it has fallen off the bus"
+    assert (done.code, done.err) == (
+        4,
+        f"nsabench: none can be measured any more: {why}; "
+        f"what was measured is kept in results/{run.run_id}\n",
+    )
+    assert [row["status"] for row in run.rows] == ["ok"] * 3 + ["error"] * 3
+    assert {row["reason"] for row in run.rows[3:]} == {why}
+    assert "sdpa is SLOWER than auto by 40 %" in done.out
+
+
+def test_a_side_that_breaks_the_device_costs_itself(compare: Call, the_run: TheRun) -> None:
+    done = compare("dense=lost;sdpa=1.4;noise=0.001", "auto", "dense", "sdpa", "--json")
+    assert (done.code, [one["verdict"] for one in done.rows]) == (0, ["INVALID", "SLOWER"])
+    assert done.rows[0]["why"] == "dense is error: the device was lost: it has fallen off the bus"
+
+
+def test_a_full_disk_is_exit_code_4_and_keeps_what_is_safe(
+    compare: Call, the_run: TheRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, written = nsabench.store.runs.append, []
+
+    def full(path: Path, data: bytes) -> int:
+        written.append(path.name)
+        if written.count("cells.csv") == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return append(path, data)
+
+    monkeypatch.setattr(nsabench.store.runs, "append", full)
+    done = compare("sdpa=1.4;noise=0.001", "auto", "sdpa", "--S", "32,64", "--processes", "1")
+    assert done.code == 4
+    assert done.err.endswith("No space left on device; 3 finished cells are safe\n")
+    assert [(row["S"], row["status"]) for row in the_run().rows] == [(32, "ok")] * 3
 
 
 def test_an_arm_beside_itself_is_never_faster_or_slower(compare: Call) -> None:
@@ -207,7 +286,7 @@ def test_a_comparison_is_never_resumed(call: Call, compare: Call, the_run: TheRu
         (["auto", "fa2"], "side 'fa2' cannot run here: "),
         (["auto", "dk=7", "--allow-different-work"], "side 'dk=7': dk is 7, odd"),
         (["auto", "groups=3", "--allow-different-work"], "side 'groups=3': "),
-        (["auto", "selection=random"], "side 'selection=random': selection is 'random'; allowed: natural"),
+        (["auto", "selection=chance"], "selection is 'chance'; allowed: natural, random, overlap=X"),
         (
             ["auto", "passes=bwd", "--phase", "decode", "--allow-different-work"],
             "side 'passes=bwd': decode has only fwd, batched",

@@ -33,7 +33,8 @@ def run(folder: Path, finished: Path) -> Run:
 def test_figures_of_a_run(call: Call, run: Run, folder: Path) -> None:
     done = call("plot", str(run.path), "--out", "drawn")
     assert (done.code, done.err) == (0, "")
-    names = [f"decode-{what}.{kind}" for what in ("time", "memory", "speed") for kind in ("png", "svg")]
+    figures = ("decode-time", "decode-memory", "decode-speed", "telemetry")
+    names = [f"{what}.{kind}" for what in figures for kind in ("png", "svg")]
     assert done.out.splitlines() == [f"drawn/{run.run_id}/{name}" for name in names]
     for name in names:
         start = (folder / "drawn" / run.run_id / name).read_bytes()[:8]
@@ -58,7 +59,7 @@ def test_two_runs_share_figures(call: Call, run: Run, folder: Path) -> None:
 def test_it_needs_neither_torch_nor_the_machine(call_apart: Call, run: Run, folder: Path) -> None:
     done = call_apart("plot", str(run.path), "--formats", "png", before=NO_TORCH)
     assert (done.code, done.err) == (0, "")
-    assert len(list((folder / "plots" / run.run_id).iterdir())) == 3
+    assert len(list((folder / "plots" / run.run_id).iterdir())) == 4
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plot", "--help"], ["decode", "--help"]])

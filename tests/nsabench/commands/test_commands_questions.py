@@ -72,8 +72,10 @@ def test_routes_tell_what_runs_here_and_why_not(call: Call) -> None:
     }
     for row in done.rows:
         assert (row["device"], row["dtype"]) == ("cpu", "fp32")
-        if row["backend"].startswith("fa2"):
+        if row["backend"].startswith(("fa2", "fa3", "fa4")):
             assert row["refuses"] == "needs a CUDA GPU, got cpu"
+        elif row["backend"] == "flex":
+            assert row["refuses"].endswith("flex:eager does, without a kernel")
         elif row["backend"] != "cpp":  # for which there may be no compiler
             assert row["refuses"] is None
         assert (row["passed_over"] is None) == (row["auto"] or row["refuses"] is not None)

@@ -160,7 +160,7 @@ def test_a_complete_run_is_left_as_it_is(call: Call, complete: Run) -> None:
     assert done.out.splitlines() == [
         f"resuming {complete.run_id}: 4 of 4 cells are finished",
         f"results: {complete.path}",
-        f"plots:   plots/{complete.run_id} (6 files)",
+        f"plots:   plots/{complete.run_id} (8 files)",
     ]
     assert files(complete.path) == before
     done = call("resume", str(complete.path), "--json", "--no-plots")

@@ -216,7 +216,11 @@ def test_what_cannot_be_is_one_line(call: Call, mine: Path, arguments: str, said
         (("groups = 1", "groups = 3"), "shape.groups must divide shape.heads=2, got 3"),
         (("S = 48\nbase", "S = 48\nd = 3\nbase"), "sweep[2].d must divide shape.l=8, got 3"),
         (('"auto", "cmp', '"quick", "cmp'), "sweep[1].routes: unknown route 'quick'; allowed: auto, env, "),
-        (("S = [32, 64]", "S = [32, 64]\nselection = 'random'"), "sweep[1].selection: 'random'; allowed: n"),
+        (("S = [32, 64]", "S = [32, 64]\nselection = 'chance'"), "sweep[1].selection: 'chance'; allowed: n"),
+        (
+            ("S = [32, 64]", "S = [32, 64]\nselection = ['random', 'file=x.npz']"),
+            "sweep[1].selection: cannot read x.npz: No such file or directory",
+        ),
         (
             ("S = 48\nphase", "S = 99\nphase"),
             "criteria.speedup[1]: no sweep measures auto beside dense, decod",

@@ -47,16 +47,19 @@ def test_decode_with_everything_on(
     lines = done.out.splitlines()
     assert lines[0] == "decode on cpu: dim 32, 2 heads, 1 KV heads, dk 8, dv 8, fp32"
     assert lines[1] == (
-        "blocks l 8, d 4, l' 8, n 4, w 16; selection natural; timer cpu, warm cache, 6 rounds, seed 0"
+        "blocks l 8, d 4, l' 8, n 4, w 16; selection natural; "
+        "timer cpu, latency, warm cache, 6 rounds, seed 0"
     )
     assert lines[2].startswith("[1/2] decode fwd S=64 B=1 auto: ok, ")
     assert lines[3].startswith("[2/2] decode fwd S=96 B=1 auto: ok, ")
     assert lines[4].startswith("2 of 2 cells (2 ok) in ")
     assert lines[5] == f"results: results/{run.run_id}"
-    assert lines[6] == f"plots:   plots/{run.run_id} (6 files)"
+    assert lines[6] == f"plots:   plots/{run.run_id} (8 files)"
     names = {file.name for file in (folder / "plots" / run.run_id).iterdir()}
     assert names == {
-        f"decode-{what}.{kind}" for what in ("time", "shares", "memory") for kind in ("png", "svg")
+        f"{what}.{kind}"
+        for what in ("decode-time", "decode-shares", "decode-memory", "telemetry")
+        for kind in ("png", "svg")
     }
     assert [(row["S"], row["status"], row["reads_tokens"]) for row in run.rows] == [
         (64, "ok", 15 + 32 + 16),

@@ -48,8 +48,8 @@ class FakeGraph:
     def replay(self) -> None:
         self._gpu.log.append("replay")
         self._gpu.host_ms += REPLAY_MS
-        for ms, _ in self.kernels:
-            self._gpu.occupy(ms)
+        for ms, name in self.kernels:
+            self._gpu.occupy(ms, name)
 
 
 class FakeCuda:
@@ -72,7 +72,7 @@ class FakeCuda:
             return
         self.log.append(name)
         self.host_ms += LAUNCH_MS
-        self.occupy(ms)
+        self.occupy(ms, name)
 
     def think(self, ms: float) -> None:
         """The host is busy; the device goes on."""
@@ -84,7 +84,7 @@ class FakeCuda:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
-    def occupy(self, ms: float) -> None:
+    def occupy(self, ms: float, name: str = "") -> None:
         self.busy_until_ms = max(self.host_ms, self.busy_until_ms) + ms
         self.all_done_ms = max(self.all_done_ms, self.busy_until_ms)
 

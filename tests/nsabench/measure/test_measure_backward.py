@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nsabench.measure import MeasureError, backward_shares
-from nsabench.measure.backward import Kernel, Op, host_shares, kernel_shares, read_profile
+from nsabench.measure.backward import host_shares, kernel_shares
 from nsabench.measure.profiling import profile
+from nsabench.measure.trace import Kernel, Op, read_profile
 
 NODE = "autograd::engine::evaluate_function: "
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from nsabench.measure.device import (
     cache_bytes,
     cache_flush,
     gpu_uuid,
+    gpus_alike,
     last_level_cache_bytes,
     resolve_device,
 )
@@ -46,6 +48,19 @@ def test_uuid_is_written_as_nvml_does(fake_cuda: Any) -> None:
     assert gpu_uuid(gpu, api=fake_cuda) == "GPU-01234567-89ab-cdef-0123-456789abcdef"
     fake_cuda.get_device_properties = lambda device: type("P", (), {"uuid": "MIG-1-2"})
     assert gpu_uuid(gpu, api=fake_cuda) == "MIG-1-2"
+
+
+def test_gpus_alike_are_of_the_model_and_memory_of_the_default_one(fake_cuda: Any) -> None:
+    kinds = [("A", 80), ("B", 80), ("A", 80), ("A", 40)]
+    fake_cuda.device_count = lambda: len(kinds)
+    fake_cuda.current_device = lambda: 2
+    fake_cuda.get_device_properties = lambda device: SimpleNamespace(
+        uuid=str(device.index), name=kinds[device.index][0], total_memory=kinds[device.index][1]
+    )
+    assert gpus_alike(api=fake_cuda) == ["GPU-2", "GPU-0"]
+    fake_cuda.is_available = lambda: False
+    with pytest.raises(MeasureError, match="sees no CUDA device"):
+        gpus_alike(api=fake_cuda)
 
 
 def _cache(root: Path, cpu: int, index: int, level: int, kind: str, size: str, sharers: str) -> None:
@@ -116,6 +131,62 @@ def test_before_runs_outside_the_events_and_after_the_spin(fake_cuda: Any) -> No
     fake_cuda.log.clear()
     assert ahead.measure(lambda: fake_cuda.kernel(0.020)).ms == pytest.approx(0.020)
     assert fake_cuda.log == ["sleep", "flush", "kernel"]
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_spin_outlasts_the_queueing_of_all_steps(fake_cuda: Any, steps: int) -> None:
+    spins: list[float] = []
+    sleep = fake_cuda._sleep
+
+    def spin(cycles: int) -> None:
+        sleep(cycles)
+        spins.append(fake_cuda.busy_until_ms)
+
+    queued: list[float] = []
+
+    def step() -> None:
+        fake_cuda.think(0.1)
+        fake_cuda.kernel(0.01)
+        queued.append(fake_cuda.host_ms)
+
+    fake_cuda._sleep = spin
+    ahead = QueueAhead(api=fake_cuda, clock=fake_cuda.clock)
+    assert ahead.calibrate(step)
+    span = ahead.measure(step, steps)
+    assert queued[-1] < spins[-1], "the device still slept when the last step was in its queue"
+    assert (span.gated, span.ms) == (0, pytest.approx(0.01 * steps))
+
+
+def test_no_spin_is_longer_than_a_tenth_of_a_second(fake_cuda: Any) -> None:
+    def step() -> None:
+        fake_cuda.think(1.0)
+        fake_cuda.kernel(0.01)
+
+    ahead = QueueAhead(api=fake_cuda, clock=fake_cuda.clock)
+    assert ahead.calibrate(step)
+    began = fake_cuda.host_ms
+    span = ahead.measure(step, 1000)
+    assert 800 < span.gated < 1000, "those that the spin did not cover, and no other"
+    assert fake_cuda.host_ms - began == pytest.approx(1000, rel=0.01)
+
+
+def test_flushes_of_a_device_share_their_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    zeros = torch.zeros
+
+    def counted(size: int, **more: Any) -> torch.Tensor:
+        made.append(size)
+        return zeros(size, **more)
+
+    monkeypatch.setattr("nsabench.measure.device.cache_bytes", lambda device, api: 1500)
+    monkeypatch.setattr(torch, "zeros", counted)
+    first, second = cache_flush(torch.device("cpu")), cache_flush(torch.device("cpu"))
+    first()
+    second()
+    assert made == [3000]
+    del first, second
+    cache_flush(torch.device("cpu"))()
+    assert made == [3000, 3000], "and give it back when the last of them is gone"
 
 
 def test_a_step_that_waits_for_the_device_is_not_queued_ahead(fake_cuda: Any) -> None:

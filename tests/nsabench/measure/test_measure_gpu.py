@@ -21,6 +21,8 @@ from nsabench.measure import (
     peak_memory,
     resolve_device,
 )
+from nsabench.measure.attribution import attribute
+from nsabench.measure.probe import probe_cold
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +61,7 @@ class Model:
         self.forward().sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["host", "event", "graph"])
+@pytest.mark.parametrize("kind", ["host", "event", "graph", "kineto"])
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_timers(kind: str, cache: str) -> None:
     model = Model()
@@ -88,6 +90,24 @@ def test_a_graph_replays_new_inputs_into_the_same_output() -> None:
     torch.cuda.synchronize()
     assert isinstance(timer.output, torch.Tensor)
     assert (timer.output == 42).all()
+
+
+def test_a_graph_of_several_steps_runs_each_of_them() -> None:
+    tensors = [torch.full((16,), float(n), device="cuda") for n in range(4)]
+    timer = GraphTimer()
+    timer.prepare(*(lambda x=x: x * 2 for x in tensors))
+    assert timer.sample(6) > 0
+    assert timer.steps == 8
+    torch.cuda.synchronize()
+    for n, output in enumerate(timer.outputs):
+        assert isinstance(output, torch.Tensor)
+        assert (output == 2 * n).all()
+
+
+def test_a_flush_proves_itself_and_none_does_not() -> None:
+    assert not probe_cold("cuda").warm
+    found = probe_cold("cuda", flush=lambda: None)
+    assert found.warm or found.note
 
 
 def test_a_step_that_waits_cannot_be_captured_and_the_gpu_goes_on() -> None:
@@ -154,3 +174,27 @@ def test_nvml_knows_this_gpu_by_its_uuid() -> None:
     assert last["t_s"] >= first["t_s"]
     assert first["nvml_used_bytes"] is None or first["nvml_used_bytes"] > 0
     assert sampler.summary(first["t_s"], last["t_s"])["sm_clock_mhz"] is not None
+
+
+def test_kernels_go_to_the_stages_that_launched_them() -> None:
+    model = Model()
+    found = attribute(model.step, model.hook, "cuda", runs=2)
+    assert found.note == ""
+    assert found.ms is not None
+    assert sum(found.ms.values()) + found.idle_ms == pytest.approx(found.total_ms, rel=0.01)
+    assert found.ms["sel"] > found.ms["win"], "eight products against one, forward and backward"
+    assert "aten::mm" in found.seen["sel"]
+
+
+def test_kernels_of_a_graph_go_to_the_stages_of_the_eager_step() -> None:
+    model = Model()
+    model.w.requires_grad_(False)
+    replay = GraphTimer("cuda").captured(model.forward)
+    found = attribute(model.forward, model.hook, "cuda", runs=2, graph=replay)
+    assert found.note == ""
+    assert found.ms is not None
+    assert found.ms["sel"] > found.ms["win"]
+    calls = dict.fromkeys(("sel", "win"), 0.0)
+    for kernel in found.kernels:
+        calls[kernel.branch] += kernel.calls
+    assert calls["sel"] == 8 * calls["win"]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nsabench.measure import MeasureError, peaks
+from nsabench.measure import CpuTimer, MeasureError, peaks
 from nsabench.measure.peaks import Peaks, calibrate, clock_resolution_us
 
 MIB = 2**20
@@ -97,6 +97,22 @@ def test_a_device_that_is_not_there() -> None:
         calibrate("tpu")
 
 
+def test_only_a_gpu_with_triton_is_asked_what_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_copy_gbps", lambda device, size, timer: 7.0)
+    monkeypatch.setattr(peaks, "find_spec", lambda name: None)
+    said: list[str] = []
+    timer = CpuTimer()
+    assert peaks._bandwidths(torch.device("cpu"), MIB, timer, said.append) == (7.0, None)
+    assert said == ["copy bandwidth"]
+    assert peaks._bandwidths(torch.device("cuda", 0), MIB, timer, said.append) == (7.0, None)
+    assert said[-1] == "no read bandwidth: Triton is not installed"
+
+
+def test_peaks_kept_before_reading_was_measured() -> None:
+    before = {name: value for name, value in made().to_dict().items() if name != "read_gbps"}
+    assert Peaks.from_dict(before).read_gbps is None
+
+
 @pytest.mark.gpu
 def test_calibration_of_this_gpu() -> None:
     if not torch.cuda.is_available():
@@ -107,3 +123,5 @@ def test_calibration_of_this_gpu() -> None:
     assert 0 < found.launch_us < 100
     assert found.event_us is not None
     assert 0 <= found.event_us < 100
+    assert found.read_gbps is not None
+    assert 0.5 < found.read_gbps / found.copy_gbps < 2

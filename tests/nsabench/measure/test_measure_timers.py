@@ -195,9 +195,11 @@ class TestEvent:
             fake_cuda.kernel(0.01)
 
         timer.prepare(step)
-        assert timer.sample(10) > 0.5
-        assert timer.gated_steps >= 8
-        assert timer.steps == 10
+        assert timer.sample(50) == pytest.approx(0.01), "a spin for all of them"
+        assert timer.gated_steps == 0
+        assert timer.sample(1000) > 0.5, "more than the longest spin covers"
+        assert 800 <= timer.gated_steps < 1000
+        assert timer.steps == 1050
 
     def test_a_step_that_waits_is_gated_every_time(self, fake_cuda: Any) -> None:
         timer = EventTimer(api=fake_cuda, clock=fake_cuda.clock)
@@ -249,6 +251,28 @@ class TestGraph:
         assert timer.sample(2) == pytest.approx(0.010)
         assert fake_cuda.log == ["sleep", "flush", "replay"] * 2
 
+    def test_several_steps_in_one_graph_share_its_time(self, fake_cuda: Any) -> None:
+        timer = GraphTimer(
+            cache="cold",
+            flush=lambda: fake_cuda.kernel(0.1, "flush"),
+            api=fake_cuda,
+            clock=fake_cuda.clock,
+        )
+
+        def copy(name: str, ms: float) -> Any:
+            return lambda: (fake_cuda.kernel(ms, name), name)[1]
+
+        timer.prepare(copy("a", 0.010), copy("b", 0.020), copy("c", 0.030))
+        assert [name for name in fake_cuda.log if name.startswith("captured")] == [
+            *("captured a", "captured b", "captured c")
+        ]
+        assert fake_cuda.log.index("c") < fake_cuda.log.index("captured a"), "each is warmed up"
+        assert (timer.output, timer.outputs) == ("a", ("a", "b", "c"))
+        fake_cuda.log.clear()
+        assert timer.sample(5) == pytest.approx(0.020)
+        assert fake_cuda.log == ["sleep", "flush", "replay"] * 2, "whole graphs, a flush before each"
+        assert (timer.steps, timer.gated_steps) == (6, 0)
+
     def test_a_step_that_no_graph_can_hold(self, fake_cuda: Any) -> None:
         timer = GraphTimer(api=fake_cuda, clock=fake_cuda.clock)
         with pytest.raises(CaptureError, match=r"cannot hold the step: operation not permitted .*capturing$"):
@@ -298,11 +322,12 @@ class TestChoices:
         [
             (
                 lambda: make_timer("clock", "cpu", "warm"),
-                "timer is 'clock'; allowed: cpu, host, event, graph",
+                "timer is 'clock'; allowed: cpu, host, event, graph, kineto",
             ),
             (lambda: make_timer("event", "cpu", "warm"), "timer is 'event', but device is 'cpu'"),
             (lambda: make_timer("graph", "cpu", "warm"), "timer is 'graph', but device is 'cpu'"),
             (lambda: make_timer("host", "cpu", "warm"), "timer is 'host', but device is 'cpu'"),
+            (lambda: make_timer("kineto", "cpu", "warm"), "timer is 'kineto', but device is 'cpu'"),
             (lambda: CpuTimer(cache="hot"), "cache is 'hot'; allowed: cold, warm"),
             (lambda: CpuTimer(regime="fast"), "regime is 'fast'; allowed: latency, sustained"),
             (lambda: CpuTimer(cache="cold", regime="sustained", flush=int), "back to back"),

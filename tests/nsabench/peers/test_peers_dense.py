@@ -93,11 +93,13 @@ def test_tables_are_made_in_parts_and_rounded_once() -> None:
     assert torch.equal(made.sin[:, 0], torch.cat([-sin, sin], -1))
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
 @pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("size", [1, 7, 40])
-def test_a_cache_changes_nothing(size: int, keep_graph: bool) -> None:
+def test_a_cache_changes_nothing(size: int, keep_graph: bool, tokens_first: bool) -> None:
     made, x = layer(), torch.randn(2, 40, 24, dtype=torch.float64, requires_grad=keep_graph)
-    cache = DenseCache(2, 40, 2, 8, 4, dtype=torch.float64, keep_graph=keep_graph)
+    order = {"keep_graph": keep_graph, "tokens_first": tokens_first}
+    cache = DenseCache(2, 40, 2, 8, 4, dtype=torch.float64, **order)
     with torch.set_grad_enabled(keep_graph):
         y = torch.cat([made(x[:, a : a + size], cache) for a in range(0, 40, size)], 1)
     truth = made(x)
@@ -110,8 +112,16 @@ def test_a_cache_changes_nothing(size: int, keep_graph: bool) -> None:
             torch.testing.assert_close(mine, its, rtol=0, atol=1e-12)
 
 
-def test_a_cache_is_counted_rolled_back_and_full() -> None:
-    cache = DenseCache(2, 10, 3, 8, 4)
+def test_a_full_cache_of_tokens_is_read_as_packed_sequences_without_a_copy() -> None:
+    cache = DenseCache(2, 6, 3, 8, 4, tokens_first=True)
+    keys, values = cache.append(torch.randn(2, 6, 3, 8), torch.randn(2, 6, 3, 4))
+    assert keys.flatten(0, 1).data_ptr() == keys.data_ptr()
+    assert values.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_a_cache_is_counted_rolled_back_and_full(tokens_first: bool) -> None:
+    cache = DenseCache(2, 10, 3, 8, 4, tokens_first=tokens_first)
     assert cache.bytes() == 2 * 10 * 3 * (8 + 4) * 4
     k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 6, 3, 4)
     cache.append(k, v)

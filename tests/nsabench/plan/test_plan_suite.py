@@ -92,6 +92,7 @@ def test_every_axis_may_have_several_values() -> None:
         "passes": ["fwd", "bwd"],
         "mode": ["batched", "chunked=8"],
         "baselines": ["none"],
+        "impl": ["nsa", "dense:flash"],
         "dtype": ["fp32", "bf16"],
         "device": ["cpu", "cuda"],
         "scope": ["module", "core"],
@@ -187,7 +188,10 @@ def test_a_cell_that_two_sweeps_name_is_measured_once_and_beside_its_like() -> N
         ("[[sweep]]\nphase = 'decode'\nroutes = ''", "sweep[1].routes: an empty route in ''"),
         ("[[sweep]]\nphase = 'decode'\nroutes = ['auto', 'auto']", "sweep[1].routes: 'auto' is given twice"),
         ("[[sweep]]\nphase = 'decode'\nroutes = [1]", "sweep[1].routes: [1] names no routes"),
-        ("[[sweep]]\nphase = 'decode'\nbaselines = 'sparse'", "'sparse' is unknown; allowed: dense, none"),
+        (
+            "[[sweep]]\nphase = 'decode'\nbaselines = 'sparse'",
+            "'sparse' is unknown; known: dense, dense:flash,",
+        ),
         (
             "[[sweep]]\nphase = 'decode'\nbaselines = ['none', 'dense']",
             "sweep[1].baselines: 'none,dense'; none goes alone",

@@ -107,7 +107,7 @@ policy_values: dict[str, st.SearchStrategy[Any]] = {
     name: {
         Whole: st.integers(1, 10_000),
         Number: st.floats(1e-3, 1e4),
-        Choice: st.just("auto"),
+        Choice: st.sampled_from(getattr(kind, "words", ("",))),
         Flag: st.booleans(),
         Duration: st.floats(0.5, 1e6),
     }[type(kind)]
@@ -243,11 +243,14 @@ def test_what_ships_can_be_planned(name: str) -> None:
 
 def test_the_quick_suite_of_an_H200_begins_with_the_ends_of_its_headline() -> None:
     suite = load_suite(ROOT / "suites" / "h200-quick.toml")
-    first = groups(cells_of(suite, defaults, coarse_first=True))[:4]
-    assert [(g[0].phase, g[0].passes, g[0].S) for g in first] == [
-        ("prefill", passes, S) for S in (4096, 65536) for passes in ("fwd", "bwd")
+    first = groups(cells_of(suite, defaults, coarse_first=True))[:8]
+    assert [(g[0].phase, g[0].passes, g[0].S, g[0].selection) for g in first] == [
+        ("prefill", passes, S, selection)
+        for S in (4096, 65536)
+        for selection in ("random", "overlap=0.9")
+        for passes in ("fwd", "bwd")
     ]
-    assert all([c.impl for c in group] == ["nsa", "dense"] for group in first)
+    assert all([c.impl for c in group] == ["nsa", "dense", "dense:cudnn"] for group in first)
     assert suite.policy["budget"] == 540
 
 

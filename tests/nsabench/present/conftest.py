@@ -120,7 +120,7 @@ def _planned(cell: Cell, run_id: str) -> dict[str, Any]:
 
 def _step_ms(cell: Cell, arms: Sequence[str], variant: str) -> float:
     slowness = _SLOWNESS.get(_arm(cell), 1.0 + 0.3 * list(arms).index(_arm(cell)))
-    if cell.impl == "dense":
+    if cell.impl.startswith("dense"):
         slowness *= cell.S / 1024
     backward = {"fwd": 1.0, "bwd": 2.1, "fwd_bwd": 3.1}[cell.passes]
     if cell.phase == "decode":

@@ -20,7 +20,7 @@ from nsabench.present.frame import cell_rows, planned_routes
 from nsabench.present.pairing import Compared, compare
 from nsabench.present.panels import make_panels
 from nsabench.present.style import figure_style, route_styles
-from nsabench.present.tables import cells_json, cells_table
+from nsabench.present.tables import cells_json, cells_table, compared_grid
 from nsabench.present.wording import arm_text
 from nsabench.stats import paired_ratio
 from nsabench.store import Run
@@ -88,16 +88,6 @@ def test_a_dense_cell_that_is_not_ok_compares_with_nothing(make_run: MakeRun, st
     assert cells["sdpa", 1024].x_dense is None
     assert cells["sdpa", 2048].x_dense is not None
     assert cells["gather", 1024].speed is not None
-
-
-def test_a_later_dense_variant_does_not_take_the_first_ones_place(make_run: MakeRun) -> None:
-    run = make_run(S=(1024,), failed={("dense", 1024): ("oom", "x")}, **DENSE)
-    rows = cell_rows(run.cells)
-    other = {**rows[0], "impl": "dense:flash", "route": "auto", "cell_id": "f" * 12}
-    cells = compare([*rows, other])
-    assert cells[0].dense is not None
-    assert cells[0].dense["impl"] == "dense"
-    assert cells[0].x_dense is None
 
 
 def test_cells_of_another_scope_shape_or_run_are_not_compared(make_run: MakeRun) -> None:
@@ -237,3 +227,125 @@ def test_the_cache_in_the_memory_figure_is_nsas(make_run: MakeRun) -> None:
     cache = lines_of(drawn(memory_figure, run))["KV cache"]
     assert cache.lines[0] is not None
     assert min(cache.lines[0].get_ydata()) > 1
+
+
+KINDS = {"routes": ("sdpa", "gather"), "baselines": ("dense", "dense:flash", "dense:math")}
+
+
+def kinds(make_run: MakeRun, fastest: dict[int, str], **more: Any) -> Run:
+    """A run in which one dense attention is the fastest by far at each S."""
+    run = make_run(S=tuple(fastest), phase="prefill", **KINDS, **more)
+    for size, name in fastest.items():
+        mine = (run.cells["impl"] == name) & (run.cells["S"] == size) & (run.cells["status"] == "ok")
+        run.cells.loc[mine, ["ms_total", "ms_lo", "ms_hi"]] /= 100
+        run.samples.loc[run.samples["cell_id"].isin(run.cells.loc[mine, "cell_id"]), "ms"] /= 100
+    return run
+
+
+def test_the_fastest_dense_attention_of_a_shape_is_compared_with(make_run: MakeRun) -> None:
+    run = kinds(make_run, {1024: "dense:math", 4096: "dense:flash"})
+    cells = compared(run)
+    for size, name in ((1024, "dense:math"), (4096, "dense:flash")):
+        base = cells[name, size]
+        assert base.x_dense is None
+        for arm in ("sdpa", "gather", "dense"):
+            cell = cells[arm, size]
+            assert cell.dense is base.row
+            assert cell.dense_name == name
+            assert cell.x_dense == paired_ratio(rounds_of(run, base, ""), rounds_of(run, cell, ""))
+
+
+@pytest.mark.parametrize("status", ["oom", "unsupported", "invalid", "wrong"])
+def test_a_fast_one_that_is_not_ok_is_passed_over(make_run: MakeRun, status: str) -> None:
+    run = kinds(make_run, {1024: "dense:math"}, failed={("dense:flash", 1024): (status, "x")})
+    assert compared(run)["sdpa", 1024].dense_name == "dense:math"
+    first = kinds(make_run, {1024: "dense:math"}, failed={("dense", 1024): (status, "x")})
+    assert compared(first)["sdpa", 1024].dense_name == "dense:math"
+    every = {(name, 1024): (status, "x") for name in KINDS["baselines"]}
+    none = compared(kinds(make_run, {1024: "dense:math"}, failed=every))["sdpa", 1024]
+    assert (none.dense_name, none.x_dense) == ("", None)
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_table_names_the_fastest_of_each_shape(make_run: MakeRun, width: int) -> None:
+    run = kinds(make_run, {1024: "dense:math", 65536: "dense:flash"})
+    lines = show(cells_table(run.cells, run.samples, width=width), width)
+    assert max(map(len, lines)) <= width
+    text = " ".join("\n".join(lines).split())
+    assert "…" not in text
+    assert "x dense: time of the fastest of 3 dense attentions of that shape, named beside, over" in text
+    assert "fastest" in text
+    body = lines[: next(i for i, line in enumerate(lines) if line.startswith("speed: "))]
+    starts = [i for i, line in enumerate(body) if line.split()[:1] in (["1k"], ["64k"])]
+    for start, end in zip(starts, [*starts[1:], len(body)], strict=True):
+        words = " ".join(body[start:end]).split()
+        name = {"1k": "dense:math", "64k": "dense:flash"}[words[0]]
+        assert words[2:].count(name) == (words[1] != name)
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_the_header_names_it_where_it_is_the_same_everywhere(make_run: MakeRun, width: int) -> None:
+    failed = {("dense", size): ("unsupported", "x") for size in (1024, 4096)}
+    run = kinds(make_run, {1024: "dense:math", 4096: "dense:math"}, failed=failed)
+    lines = show(cells_table(run.cells, run.samples, width=width), width)
+    assert max(map(len, lines)) <= width
+    text = " ".join("\n".join(lines).split())
+    assert "x dense:math" in text
+    assert "x dense:math: time of dense:math, the fastest of 2 dense attentions of that shape, over" in text
+    _, headers, grid, notes = compared_grid(list(compared(run).values()))
+    assert "x dense:math" in headers
+    assert "fastest dense" not in headers
+    assert notes[-1].startswith("x dense:math: ")
+    assert all(len(line) == len(headers) for line in grid)
+
+
+def test_one_dense_attention_of_a_name_is_named(make_run: MakeRun) -> None:
+    run = make_run(S=(1024,), routes=("auto",), baselines=("dense:fa3",))
+    text = " ".join("\n".join(show(cells_table(run.cells, run.samples, width=140), 140)).split())
+    assert "x dense:fa3: time of dense:fa3 of that shape over this one's; above 1 is faster" in text
+
+
+def test_exports_name_it(make_run: MakeRun) -> None:
+    run = kinds(make_run, {1024: "dense:math"})
+    found = {cell["impl"]: cell["x_dense"] for cell in cells_json(run.cells, run.samples)}
+    assert found["dense:math"] is None
+    assert {found[impl]["baseline"] for impl in ("nsa", "dense", "dense:flash")} == {"dense:math"}
+
+
+def test_the_plain_lines_name_the_fastest_once_all_are_known(make_run: MakeRun) -> None:
+    cells = list(compared(kinds(make_run, {1024: "dense:flash"})).values())
+    assert [arm_text(cell.row) for cell in cells][-1] == "dense:math"
+    points = ", ".join(f"{arm_text(c.row)} {c.x_dense.point:.3f}x" for c in cells[:2] if c.x_dense)
+    assert last_line(cells).endswith(f"; relative to dense:flash, the fastest dense: {points}")
+    assert last_line(cells, complete=False) == cell_line(cells[-1])
+    assert "the speed of dense:flash" in cell_line(cells[0])
+
+
+def test_the_figure_says_which_was_the_fastest(make_run: MakeRun) -> None:
+    run = kinds(make_run, {1024: "dense:math", 4096: "dense:flash", 16384: "dense:flash"})
+    figure = drawn(dense_figure, run)
+    written = [text.get_text() for text in figure.texts]
+    assert written[0] == "Prefill fwd: speed relative to the fastest dense, with 95 % interval"
+    assert "fastest dense attention: dense:math at 1k; dense:flash at 4k, 16k" in written
+    assert figure.axes[0].get_ylabel() == "speed, the fastest dense = 1"
+    bar = lines_of(figure)["dense:flash"]
+    assert bar.lines[0] is not None
+    values = dict(zip(bar.lines[0].get_xdata(), bar.lines[0].get_ydata(), strict=True))
+    assert values[1024] < 1
+    assert values[4096] == values[16384] == 1
+
+    same = drawn(dense_figure, kinds(make_run, {1024: "dense:math", 4096: "dense:math"}))
+    assert same.axes[0].get_ylabel() == "speed, dense:math = 1"
+    assert "fastest dense attention: dense:math at 1k, 4k" in [text.get_text() for text in same.texts]
+    assert "dense:math" not in lines_of(same)
+
+
+def test_a_crowded_figure_keeps_the_fastest(make_run: MakeRun) -> None:
+    routes = tuple(f"cmp=sdpa,sel=gather,win=b{n}" for n in range(14))
+    run = make_run(S=(1024, 4096), routes=routes, baselines=KINDS["baselines"])
+    mine = run.cells["impl"] == "dense:flash"
+    run.cells.loc[mine, "ms_total"] /= 1000
+    (panel,) = make_panels([run])[0]
+    arms = [series.arm for series in panel.series]
+    assert len(arms) == 12
+    assert arms[-1] == "dense:flash"

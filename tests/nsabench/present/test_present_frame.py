@@ -175,6 +175,24 @@ def test_cells_of_different_shapes_are_never_compared(make_run: MakeRun) -> None
     assert speeds(rows) == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("regime", "sustained"), ("cache", "warm"), ("timer", "graph")]
+)
+def test_times_of_two_regimes_caches_or_timers_make_no_ratio(
+    make_run: MakeRun, column: str, value: str
+) -> None:
+    run = make_run()
+    rows = cell_rows(run.cells)
+    changed = next(row for row in rows if row["route"] != rows[0]["route"] and row["S"] == rows[0]["S"])
+    assert speed_of(rows, run.samples, changed) is not None
+    changed[column] = value
+    assert speed_of(rows, run.samples, changed) is None
+
+
+def speed_of(rows: list[Any], samples: Any, row: Any) -> Any:
+    return next(found.speed for found in compare(rows, samples) if found.row["cell_id"] == row["cell_id"])
+
+
 def test_shares_are_scaled_to_100(make_run: MakeRun) -> None:
     (row,) = cell_rows(make_run(S=(1024,), routes=("auto",)).cells)
     row |= {f"share_{s}_pct": row[f"share_{s}_pct"] * 1.008 for s in STAGES}

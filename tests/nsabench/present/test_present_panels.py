@@ -13,7 +13,7 @@ from matplotlib.container import ErrorbarContainer
 from nsabench.present.figures import shares_figure, time_figure
 from nsabench.present.frame import PresentError
 from nsabench.present.panels import MOST_LINES, MOST_RUNS, make_panels
-from nsabench.present.plots import plot_run, set_name
+from nsabench.present.plots import plot_run, second_process, set_name
 from nsabench.present.style import figure_style, route_styles
 from nsabench.store import Run, RunCells
 
@@ -106,6 +106,18 @@ def test_of_many_shapes_those_with_the_most_sizes_are_drawn(make_run: MakeRun, t
     assert len(make_panels(runs, most=20)[0]) == 10
 
 
+def test_two_processes_draw_what_one_does(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(routes=("auto", "sdpa"), w=2**i, S=SIZES[:2]) for i in range(4, 12)]
+    one = plot_run(runs, tmp_path / "one")
+    with second_process() as helper:
+        two = plot_run(runs, tmp_path / "two", helper=helper)
+    assert [path.name for path in one] == [path.name for path in two]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+    (tmp_path / "file").touch()
+    with second_process() as helper, pytest.raises(PresentError, match="cannot write"):
+        plot_run(runs, tmp_path / "file" / "plots", helper=helper)
+
+
 def test_only_what_is_kept_is_drawn_but_compared_with_all(make_run: MakeRun) -> None:
     run = make_run(routes=("sdpa", "gather"), baselines=("dense",))
     (panel,), _ = make_panels([run], lambda cells: (cells["route"] == "gather") & (cells["S"] > 1024))
@@ -122,7 +134,7 @@ def test_shares_of_many_series_are_those_of_the_latest_run(make_run: MakeRun) ->
     assert figure is not None
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == [f"{route} @ 0000003" for route in ROUTES]
-    assert figure.texts[0].get_text().endswith("in 0000003")
+    assert figure.texts[0].get_text().endswith("of one step, the last run")
 
 
 def test_shares_of_too_many_routes_say_how_many_they_are(make_run: MakeRun) -> None:

@@ -385,13 +385,13 @@ def names(paths: list[Path]) -> list[str]:
 def test_files(make_run: MakeRun, tmp_path: Path) -> None:
     written = plot_run(make_run(), tmp_path / "new" / "folder")
     assert names(written) == [
-        f"decode-{what}.{suffix}"
-        for what in ("time", "shares", "memory", "speed")
+        f"{what}.{suffix}"
+        for what in ("decode-time", "decode-shares", "decode-memory", "decode-speed", "telemetry")
         for suffix in ("png", "svg")
     ]
     assert all(path.is_file() for path in written)
     image = imread(written[0])
-    assert image.shape[1] == 1400
+    assert image.shape[1] == 1200
     assert np.all(image[0, 0] == 1)
     assert np.all(image[-1, -1] == 1)
 
@@ -535,6 +535,6 @@ def test_from_stored_files_alone_the_same_bytes_anywhere(make_run: MakeRun, tmp_
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert len(here) == 8
+    assert len(here) == 10
     for path in here:
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name

@@ -134,6 +134,16 @@ def test_a_failed_cell_shows_status_and_reason_and_no_number(make_run: MakeRun) 
     assert line_of(lines, "4k", "gather").split()[4] == "-"  # its baseline failed: no speed
 
 
+def test_timers_that_disagree_are_a_warning(make_run: MakeRun) -> None:
+    run = make_run(routes=("sdpa", "gather"))
+    said = "event 1 ms, graph 1.2 ms a step, 20 % apart"
+    assert not any("warning" in line for line in show(cells_table(run.cells, run.samples)))
+    run.cells["timers_note"] = [said if route == "gather" else "" for route in run.cells["route"]]
+    shown = " ".join(show(cells_table(run.cells, run.samples)))
+    count = int((run.cells["route"] == "gather").sum())
+    assert f"warning: {said}" + (f" ({count} cells)" if count > 1 else "") in shown
+
+
 def test_what_was_not_read_is_a_dash(make_run: MakeRun) -> None:
     nothing = {"peak_alloc_bytes": None, "reads_tokens": None, "ms_lo": None, "power_w": None}
     nothing |= {f"share_{s}_pct": None for s in STAGES}

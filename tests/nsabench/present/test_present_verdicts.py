@@ -56,8 +56,10 @@ def test_a_verdict_is_that_of_the_pairs_of_all_processes(time: float, verdict: s
     assert finding.verdict == verdict
     assert finding.said.startswith(said)
     auto, sdpa, again = (times_of(run, place) for place in range(3))
-    assert finding.judgement == judge(auto, sdpa, aa=(auto, again), delta=0.01)
-    assert finding.ratio == paired_ratio(sdpa, auto)
+    processes = np.repeat(np.arange(3), 15)
+    nested = {"processes": processes, "aa_processes": processes}
+    assert finding.judgement == judge(auto, sdpa, aa=(auto, again), delta=0.01, **nested)
+    assert finding.ratio == paired_ratio(sdpa, auto, processes=processes)
     assert (finding.shape, finding.first, finding.side) == ("S=512", "auto", "sdpa")
 
 
@@ -250,10 +252,21 @@ def test_cells_of_one_run_only_are_counted() -> None:
 
 def test_regimes_are_never_compared() -> None:
     old, new = make_run(), make_run(run_id="20250103T030405Z-decode-feedbee")
-    new.cells["cache"] = "warm"
+    new.cells.loc[new.cells["S"] == new.cells["S"].iloc[0], "cache"] = "warm"
     finding = findings_between(old, new).findings[0]
     assert (finding.verdict, finding.judgement) == ("INVALID", None)
     assert finding.why == "UNPAIRED; latency cold cpu and latency warm cpu cannot be compared"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [("cache", "warm", "latency warm cpu"), ("regime", "sustained", "sustained cold cpu")],
+)
+def test_runs_of_two_regimes_are_refused_in_a_line(column: str, value: str, said: str) -> None:
+    old, new = make_run(), make_run(run_id="20250103T030405Z-decode-feedbee")
+    new.cells[column] = value
+    with pytest.raises(PresentError, match=f": latency cold cpu and {said} cannot be compared$"):
+        findings_between(old, new)
 
 
 def test_a_cell_that_failed_in_one_run_is_invalid() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nsabench.plan import Cell
+from nsabench.run import worker
 from nsabench.run.worker import Sink
 
 PRINTED_BYTES = 4 * 2**20
@@ -67,6 +68,12 @@ def broken_build(
     """Die before any cell is at fault more than another."""
     sink.mark(None)
     os.abort()
+
+
+def tell_driver(cells: Sequence[Cell], policy: object, sink: Sink, **more: Any) -> None:
+    """Say which process this one measures for."""
+    sink.doing(f"driver {worker.driver()}")
+    sink.done(row_of(cells[0]))
 
 
 def forgetful(cells: Sequence[Cell], policy: object, sink: Sink, **more: Any) -> None:
@@ -172,6 +179,13 @@ def _meet(cell: Cell, sink: Sink) -> None:
         time.sleep(0.01)
 
 
+def _meet_alone(cell: Cell, sink: Sink) -> None:
+    """As `_meet`, by the GPU that this worker sees."""
+    (folder() / f"sees-{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+    while len(list(folder().glob("sees-*"))) < 2:
+        time.sleep(0.01)
+
+
 ACTS: dict[str, Callable[[Cell, Sink], None]] = {
     "segfault": _segfault,
     "killed": _killed,
@@ -188,4 +202,5 @@ ACTS: dict[str, Callable[[Cell, Sink], None]] = {
     "mute": _mute,
     "wait": _wait,
     "meet": _meet,
+    "meet-alone": _meet_alone,
 }

@@ -10,13 +10,15 @@ from typing import Any
 from nsabench.plan import Cell
 from nsabench.run.executor import Began, Doing, Done, Event, Job, Over
 from nsabench.run.policy import Policy
-from nsabench.run.worker import Sink
+from nsabench.run.worker import DEVICE_LOST, Sink
 
 
 def planted() -> dict[str, str]:
     """What each arm does, from ``PLANTED_TIMES``, as ``sdpa=1.4;dense=wrong;sdpa@1=oom``: its time in ms, or
-    its status, in every process or in that one; ``again`` is the arm that is its own control. ``noise`` is
-    the standard deviation of the log of one time.
+    its status (``lost``: and the device with it), in every process or in that one; ``again`` is the arm that
+    is its own control. ``noise`` is the standard deviation of the log of one time. ``load`` is what other
+    processes used, in percent, and ``drop`` in how many first rounds the hardware slowed down, in every
+    process or (``drop@1``) in that one.
     """
     return dict(part.split("=") for part in os.environ.get("PLANTED_TIMES", "").split(";") if part)
 
@@ -34,6 +36,7 @@ def measure(
     told = planted()
     shuffle = random.Random(f"{process} {cells[0].S}")
     noise = float(told.get("noise", 0.001))
+    dropped = int(told.get(f"drop@{process}", told.get("drop", 0)))
     samples: dict[str, list[dict[str, Any]]] = {cell.cell_id: [] for cell in cells}
     sink.mark(None)
     sink.doing("round 1")
@@ -45,16 +48,27 @@ def measure(
             ms = float(what) if what[0].isdigit() else 1.0
             place = {"process": process, "round": number, "position": position, "variant": "", "iters": 1}
             ms *= cell.S * shuffle.lognormvariate(0, noise)
-            samples[cell.cell_id].append({**place, "ms": ms, "t_s": clock()})
+            why = "hw_thermal" if number < dropped else ""
+            samples[cell.cell_id].append(
+                {**place, "ms": ms * (2 if why else 1), "t_s": clock(), "dropped": why}
+            )
     for cell in cells:
         sink.mark(cell)
         name = name_of(cell)
         what = told.get(f"{name}@{process}", told.get(name, "1.0"))
         if what == "die":
             os._exit(3)
-        row = row_of(cell, process)
+        if what == "lost":
+            lost = {"status": "error", "reason": f"{DEVICE_LOST}: it has fallen off the bus"}
+            sink.done(row_of(cell, process) | lost, samples[cell.cell_id])
+            raise RuntimeError("good for nothing more")
+        row = row_of(cell, process) | {"dropped_rounds": dropped}
+        row["neighbour_load_pct"] = float(told.get(f"load@{process}", told.get("load", 0.0)))
         if not what[0].isdigit():
             row |= {"status": what, "reason": f"planted in process {process}"}
+        elif dropped > 0.2 * policy.rounds:
+            why = f"{dropped} of {policy.rounds} rounds dropped for hw_thermal; allowed 20 %"
+            row |= {"status": "invalid", "reason": why}
         sink.done(row, samples[cell.cell_id])
 
 

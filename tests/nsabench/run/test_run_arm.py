@@ -15,8 +15,9 @@ import torch
 
 import nsa.routes
 from nsabench.measure import Shares
+from nsabench.measure.probe import ColdProbe
 from nsabench.plan import Cell
-from nsabench.run import Policy, arm
+from nsabench.run import Policy, arm, cold
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused
 from nsabench.run.work import count_work
@@ -46,7 +47,7 @@ class Clockwork:
     answers: Callable[[int, int], float]
     """By number of the timer and of its sample; sample 0 only chooses the steps of the rest."""
 
-    def __init__(self, kind: str, device: Any, cache: str) -> None:
+    def __init__(self, kind: str, device: Any, cache: str, regime: str) -> None:
         self.name, self.cache, self.output, self.asked = kind, cache, None, []
         self.number = len(self.made)
         self.made.append(self)
@@ -108,8 +109,15 @@ def test_prefill_has_one_step_and_counts_every_token(
     ("cache", "ms", "iters"), [("warm", 0.5, 40), ("warm", 1e-9, 10_000), ("cold", 0.5, 5), ("cold", 30.0, 1)]
 )
 def test_a_sample_fills_its_time_and_a_cold_one_few_steps(
-    make_cell: MakeCell, clockwork: type[Clockwork], quick: Policy, cache: str, ms: float, iters: int
+    make_cell: MakeCell,
+    clockwork: type[Clockwork],
+    quick: Policy,
+    monkeypatch: pytest.MonkeyPatch,
+    cache: str,
+    ms: float,
+    iters: int,
 ) -> None:
+    monkeypatch.setattr(cold, "known_probe", lambda device: ColdProbe(1.0))
     clockwork.answers = staticmethod(lambda timer, sample: ms)
     made = measured(make_cell(), replace(quick, cache=cache, sample_ms=20.0, rounds=2))
     assert clockwork.made[0].cache == cache
@@ -246,7 +254,10 @@ def test_the_row_says_what_was_planned_what_ran_and_what_it_should_cost(
     assert fields["cell_id"] == cell.cell_id
     backends = [fields[f"{b}_backend"] for b in ("cmp", "score", "sel", "win")]
     assert backends == ["reference", "chunked", "gather", "off"]
-    assert (fields["route_proof"], fields["provider"]) == ("resolved", "")
+    assert fields["route_proof"] == (
+        "cmp: math (einsum, bmm); score: math (bmm); sel: math (_ByKeys, matmul, bmm)"
+    )
+    assert fields["provider"] == ""
     work = count_work(cell, ("cmp", "sel"), workload.parameters)
     assert (fields["flops"], fields["bytes"]) == (work.flops, work.bytes)
     assert (fields["reads_tokens"], fields["reads_tokens_dense"]) == (work.reads_tokens, 43)
@@ -444,3 +455,8 @@ def test_where_there_are_no_shares_a_note_says_why(
     assert fields["shares_note"] == note
     assert not any(name.startswith("share_") for name in fields)
     assert fields["ms_total"] == 10.0
+
+
+def test_peak_memory_is_measured_unless_only_time_is_wanted(make_cell: MakeCell, quick: Policy) -> None:
+    assert measured(make_cell(), quick).fields["peak_alloc_bytes"] > 0
+    assert "peak_alloc_bytes" not in measured(make_cell(), replace(quick, memory=False)).fields

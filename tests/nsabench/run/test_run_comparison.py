@@ -102,7 +102,8 @@ def test_rows_hold_the_samples_of_all_processes(contest: Contest) -> None:
         assert row["share_sel_pct"] == pytest.approx((60 + 70 + 60) / 3)
         assert row["ms_sel"] + row["ms_other"] == pytest.approx(row["ms_total"])
         assert (row["peak_alloc_bytes"], row["energy_j"], row["max_abs_err"]) == (102, 6.0, 3e-6)
-    aa = paired_ratio(times[again["cell_id"]], times[auto["cell_id"]])
+    processes = [process for process in range(3) for _ in range(8)]
+    aa = paired_ratio(times[again["cell_id"]], times[auto["cell_id"]], processes=processes)
     assert [(row["aa_lo"], row["aa_hi"]) for row in run.rows] == [(aa.lo, aa.hi)] * 3
     assert sdpa["ms_total"] == pytest.approx(1.5 * auto["ms_total"], rel=0.01)
     assert sorted(run.telemetry["t_s"].unique()) == [0.25, 1.25, 2.25]
@@ -243,3 +244,53 @@ def test_a_time_that_cannot_be_true_is_no_time(contest: Contest, monkeypatch: py
     assert [row["status"] for row in run.rows] == ["ok", "invalid", "ok"]
     assert [row["pct_of_limit"] for row in run.rows] == [50.0, None, 50.0]
     assert run.rows[1]["reason"] == "faster than memory"
+
+
+def test_dropped_rounds_are_in_no_time_and_in_no_ratio(contest: Contest) -> None:
+    """Of 24 rounds 4, in two processes; one of these alone would have lost too many."""
+    run = contest("sdpa=1.5;drop@0=1;drop@1=3")
+    assert contest.watcher.processes == [3]
+    kept = run.samples[run.samples["dropped"] == ""]
+    assert len(run.samples) == 3 * 24
+    for row in run.rows:
+        assert (row["status"], row["dropped_rounds"], row["n_rounds"]) == ("ok", 4, 20)
+        assert row["ms_total"] == pytest.approx(kept[kept["cell_id"] == row["cell_id"]]["ms"].median())
+        assert row["aa_hi"] < 1.01
+
+
+def test_more_than_a_fifth_of_all_rounds_makes_every_row_invalid(contest: Contest) -> None:
+    run = contest("drop@0=8;drop@1=3")
+    for row in run.rows:
+        assert (row["status"], row["dropped_rounds"]) == ("invalid", 11)
+        assert row["reason"] == "11 of 24 rounds dropped for hw_thermal; allowed 20 %"
+        assert row["ms_total"] is None
+    assert len(run.samples) == 3 * 24
+
+
+def test_a_gpu_that_is_always_slow_measures_nothing(contest: Contest) -> None:
+    run = contest("drop=8", budget_s=4.0)
+    assert {(row["status"], row["reason"]) for row in run.rows} == {
+        ("invalid", "32 of 32 rounds dropped for hw_thermal; allowed 20 %")
+    }
+
+
+def test_a_wrong_side_is_wrong_however_hot_it_was(contest: Contest) -> None:
+    run = contest("sdpa@0=wrong;drop@0=8")
+    assert run.rows[1]["status"] == "wrong"
+
+
+def test_the_loudest_process_is_told(contest: Contest) -> None:
+    run = contest("load=3;load@1=41.5")
+    assert [row["neighbour_load_pct"] for row in run.rows] == [41.5] * 3
+
+
+def test_a_sum_of_energies_wants_all_of_them() -> None:
+    rows = [{"energy_j": 2.0}, {"energy_j": None}]
+    assert comparison._across(rows)["energy_j"] is None
+    assert comparison._across(rows[:1] * 3)["energy_j"] == 6.0
+
+
+def test_reasons_of_all_processes_in_nvmls_order() -> None:
+    rows = [{"throttle_reasons": text} for text in ("none", "hw_thermal+gpu_idle", "", "sw_power_cap")]
+    assert comparison._across(rows)["throttle_reasons"] == "gpu_idle+sw_power_cap+hw_thermal"
+    assert comparison._across(rows[:1])["throttle_reasons"] == "none"

@@ -86,7 +86,7 @@ def test_every_process_has_an_order_of_its_own(make_cell: MakeCell, quick: Polic
 def test_rounds_wait_for_a_steady_device_where_asked(
     make_cell: MakeCell, quick: Policy, monkeypatch: pytest.MonkeyPatch, settles: bool
 ) -> None:
-    monkeypatch.setattr(session, "settle", lambda read: Settled(False, 1.0, 9, 0.5))
+    monkeypatch.setattr(session, "settle", lambda read, limit_s: Settled(False, 1.0, 9, 0.5))
     kept = measured([make_cell(), make_cell(route="sdpa", impl="nsa")], replace(quick, settle=settles))
     assert [row.get("canary_spread_pct") for row in kept.rows] == [50.0 if settles else None] * 2
     assert ("waiting for a steady device" in kept.said) == settles

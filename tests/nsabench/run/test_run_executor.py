@@ -311,6 +311,28 @@ def test_gpus_are_measured_on_at_the_same_time(job: Makes) -> None:
     }
 
 
+ALIKE = [Slot(number, frozenset({"cuda"}), (f"GPU-{number}",), alone=True) for number in range(2)]
+
+
+def test_one_sweep_has_all_gpus_each_worker_one(
+    job: Makes, monkeypatch: pytest.MonkeyPatch, left: Path
+) -> None:
+    monkeypatch.setattr(desk.tempfile, "gettempdir", lambda: str(left))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    found = events([job("meet-alone", device="cuda", number=n) for n in range(2)], slots=ALIKE)
+    assert [event.worker for event in found if isinstance(event, Began)] in ([0, 1], [1, 0])
+    assert [event.row["status"] for event in found if isinstance(event, Done)] == ["ok", "ok"]
+    assert {path.name for path in left.glob("sees-*")} == {"sees-GPU-0", "sees-GPU-1"}
+
+
+def test_a_sweep_goes_on_beside_a_gpu_in_use(job: Makes, monkeypatch: pytest.MonkeyPatch, left: Path) -> None:
+    monkeypatch.setattr(desk.tempfile, "gettempdir", lambda: str(left))
+    with filelock.FileLock(desk.lock_file("GPU-0")):
+        found = events([job("a", device="cuda", number=n) for n in range(3)], slots=ALIKE)
+    assert [event.worker for event in found if isinstance(event, Done)] == [1, 1, 1]
+    assert next(event.text for event in found if isinstance(event, Doing)) == "starting a worker"
+
+
 def test_a_gpu_in_use_is_waited_for(job: Makes, monkeypatch: pytest.MonkeyPatch, left: Path) -> None:
     monkeypatch.setattr(desk.tempfile, "gettempdir", lambda: str(left))
     slot = Slot(0, frozenset({"cuda"}), ("GPU-7",))
@@ -371,6 +393,25 @@ def test_slots_are_gpus_or_one_for_all(make_cell: MakeCell, monkeypatch: pytest.
     ]
     assert slots("cuda:1", "cpu") == [(0, {"cpu", "cuda:1"}, ("GPU-b",))]
     assert slots("cuda:7", "cuda:1") == [(0, {"cuda:7", "cuda:1"}, ("GPU-b",))]
+
+
+@pytest.mark.parametrize(
+    ("alike", "expected"),
+    [
+        ([], [(0, {"cuda"}, (), False)]),
+        (["GPU-a"], [(0, {"cuda"}, ("GPU-a",), False)]),
+        (["GPU-a", "GPU-b"], [(0, {"cuda"}, ("GPU-a",), True), (1, {"cuda"}, ("GPU-b",), True)]),
+    ],
+)
+def test_cells_of_no_particular_gpu_go_to_all(
+    make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch, alike: list[str], expected: list[object]
+) -> None:
+    monkeypatch.setattr(executor, "_gpus_alike", lambda: alike)
+    monkeypatch.setattr(executor, "_uuid", lambda device: alike[0] if alike else None)
+    slots = executor.local_slots([make_cell(device="cuda"), make_cell(device="cuda", S=96)])
+    assert [(slot.number, set(slot.devices), slot.gpus, slot.alone) for slot in slots] == expected
+    both = executor.local_slots([make_cell(device="cuda"), make_cell(device="cpu")])
+    assert [(set(slot.devices), slot.alone) for slot in both] == [({"cuda", "cpu"}, False)]
 
 
 def test_a_worker_has_what_its_driver_has(job: Makes, monkeypatch: pytest.MonkeyPatch) -> None:

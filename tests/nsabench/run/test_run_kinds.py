@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from nsa import nsa_attention
+from nsabench.peers import dense_sdpa
 from nsabench.peers.dense import DenseCache
 from nsabench.plan import Cell, PlanError
-from nsabench.run import Policy, arm, impl_dense
+from nsabench.run import Policy, arm
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, judge, refuse_other_output, refuse_wrong_cache
 from nsabench.run.steps import steps_of
@@ -120,7 +121,7 @@ def test_the_window_of_a_core_is_no_longer_than_a_cache_keeps(make_cell: MakeCel
 
 
 def bug(what: str) -> Callable[..., torch.Tensor]:
-    true = impl_dense.dense_attention
+    true = dense_sdpa.dense_attention
 
     def broken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if what == "sees the future":
@@ -150,7 +151,7 @@ def test_a_wrong_dense_attention_gets_no_number(
     make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch, quick: Policy, scope: str, phase: str, what: str
 ) -> None:
     cell = kind(make_cell(phase=phase), "dense", scope)
-    monkeypatch.setattr(impl_dense, "dense_attention", bug(what))
+    monkeypatch.setattr(dense_sdpa, "dense_attention", bug(what))
     made = Arm(cell, workload_for(cell), quick)
     with pytest.raises(Refused, match=r"^output (differs from the specification|is not finite)") as found:
         made.prepare()
@@ -161,7 +162,7 @@ def test_a_wrong_dense_attention_gets_no_number(
 def test_a_wrong_gradient_of_the_baseline_is_found(
     make_cell: MakeCell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(impl_dense, "dense_attention", bug("no gradient of v"))
+    monkeypatch.setattr(dense_sdpa, "dense_attention", bug("no gradient of v"))
     cell = kind(make_cell(passes="bwd"), "dense", "core")
     verdict, _ = judge(workload_for(cell), "auto")
     assert verdict.reason.startswith("gradient of v differs from the specification")
@@ -238,7 +239,8 @@ def test_the_row_of_a_baseline_names_what_ran(make_cell: MakeCell, quick: Policy
     made = measured(cell, replace(quick, alone=True))
     fields = made.fields
     assert fields["route_proof"] == "operators: _scaled_dot_product_flash_attention_for_cpu"
-    assert fields["provider"] == f"torch {torch.__version__} scaled_dot_product_attention"
+    called = f"torch {torch.__version__} scaled_dot_product_attention"
+    assert fields["provider"] == f"{called}; values padded from 4 to 8 channels"
     assert not any(name in fields for name in ("cmp_backend", "ms_alone_win"))
     assert fields["selection_overlap"] is None
     assert fields["kv_cache_bytes"] == 30 * 2 * (8 + 4) * 4
@@ -294,7 +296,7 @@ def test_a_route_that_cannot_run_is_refused_in_a_core_too(make_cell: MakeCell, q
 
 
 def test_an_unknown_implementation_is_refused(make_cell: MakeCell) -> None:
-    with pytest.raises(PlanError, match="impl is 'fla'; allowed: nsa, dense"):
+    with pytest.raises(PlanError, match="impl is 'fla'; known: nsa, dense, dense:flash"):
         workload_for(make_cell(impl="fla"))
 
 

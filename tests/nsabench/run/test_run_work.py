@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nsabench.plan import Cell
-from nsabench.run.work import config_of, count_work
+from nsabench.run.work import Part, config_of, count_work, stage_work
 
 MakeCell = Callable[..., Cell]
 
@@ -102,3 +102,40 @@ def test_without_forced_local_blocks_nothing_breaks(make_cell: MakeCell) -> None
     assert config_of(make_cell(n_sel=3)).num_selected_blocks == 3
     with pytest.raises(ValueError, match="num_selected_blocks must hold the 3 forced blocks"):
         config_of(make_cell(n_sel=2))
+
+
+BRANCHES = ("cmp", "sel", "win")
+
+
+@pytest.mark.parametrize("branches", [BRANCHES, ("sel",), ("win",), ("cmp", "sel"), ("sel", "win"), ()])
+@pytest.mark.parametrize("scope", ["module", "core"])
+@pytest.mark.parametrize("passes", ["fwd", "bwd", "fwd_bwd"])
+def test_the_stages_add_up_to_the_whole(
+    make_cell: MakeCell, branches: tuple[str, ...], scope: str, passes: str
+) -> None:
+    cell = make_cell(scope=scope, passes=passes, B=2)
+    parameters = 777 if scope == "module" else 0
+    whole, parts = count_work(cell, branches, parameters), stage_work(cell, branches, parameters)
+    assert sum(part.flops for part in parts.values()) == whole.flops
+    assert sum(part.bytes for part in parts.values()) == whole.bytes
+    assert set(parts) >= set(branches)
+
+
+def test_stages_of_one_tiny_decode_step_by_hand(make_cell: MakeCell) -> None:
+    # 9 tokens, l = 8, d = 4: one compressed block; two selection blocks, both selected; a window of 4.
+    cell = make_cell(phase="decode", S=9, B=2, heads=2, groups=1, dk=8, dv=4, dim=16, w=4, dtype="bf16")
+    pair, token = 2 * 2 * 2 * (8 + 4), 2 * 1 * (8 + 4) * 2
+    assert stage_work(cell, BRANCHES, 100) == {
+        "proj": Part(2 * 2 * 100, 2 * (100 + 2 * 2 * 16)),
+        "cmp": Part(1 * pair, 1 * token),
+        "sel": Part(9 * pair, 9 * token),
+        "win": Part(4 * pair, 4 * token),
+    }
+
+
+def test_a_core_reads_queries_first_and_writes_with_its_gate(make_cell: MakeCell) -> None:
+    cell = make_cell(phase="decode", S=9, heads=2, groups=1, dk=8, dv=4, w=4, scope="core")
+    parts = stage_work(cell, ("sel",), 0)
+    assert list(parts) == ["score", "sel", "gate"]
+    assert parts["score"] == Part(2 * 2 * 8 * 1, 4 * (1 * 8 + 2 * 8))  # one block's key, and the queries
+    assert parts["gate"] == Part(0, 4 * (2 * 4 + 3 * 2))

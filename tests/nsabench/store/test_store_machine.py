@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nsabench.store import StoreError
-from nsabench.store.machine import load_peaks, peaks_file, save_peaks
+from nsabench.store.machine import load_peaks, peaks_file, save_peaks, stored_peaks
 
 ENVIRONMENT: dict[str, Any] = {
     "cpu": {"model": "AMD EPYC", "affinity": 2},
@@ -64,3 +64,15 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot keep peaks"):
         save_peaks(tmp_path / "file" / "peaks.json", {})
+
+
+def test_peaks_by_device_without_those_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment = {"torch": {"version": "2", "threads": 2}, "cpu": {"model": "A", "affinity": 2}}
+    assert stored_peaks(environment, ["cpu", "cuda"]) == {}
+    save_peaks(peaks_file(environment, "cpu"), {"copy_gbps": 3.0})
+    assert stored_peaks(environment, ["cpu", "cuda", "cpu"]) == {"cpu": {"copy_gbps": 3.0}}
+    peaks_file(environment, "cpu").write_text("{")
+    assert stored_peaks(environment, ["cpu"]) == {}

@@ -31,18 +31,20 @@ DOCUMENTED = {
         dtype device selection seed twin
         route cmp_backend score_backend sel_backend win_backend route_proof provider
         status reason
-        ms_total ms_lo ms_hi ms_min ms_p95 ms_emit ms_plain n_samples n_rounds timer regime cache
+        ms_total ms_lo ms_hi ms_min ms_p95 ms_emit ms_plain n_samples n_rounds timer
+        cross_timer ms_cross timers_note copies regime cache
         ms_proj ms_compress ms_cmp ms_score ms_sel ms_win ms_gate ms_other
         share_proj_pct share_compress_pct share_cmp_pct share_score_pct share_sel_pct share_win_pct
         share_gate_pct share_other_pct shares_note ms_alone_cmp ms_alone_sel ms_alone_win
-        flops bytes reads_tokens reads_tokens_dense tflops gbps pct_of_limit tokens_per_s
+        flops bytes reads_tokens reads_tokens_dense
+        neighbour_overlap union_blocks tflops gbps pct_of_limit tokens_per_s
         peak_alloc_bytes peak_reserved_bytes kv_cache_bytes kv_cache_cmp_bytes kv_cache_sel_bytes
         kv_cache_win_bytes nvml_used_bytes
         power_w energy_j temp_c sm_clock_mhz mem_clock_mhz util_pct throttle_reasons
         max_abs_err rel_err err_budget selection_overlap host_bound power_capped_pct clock_spread_pct
-        canary_spread_pct aa_lo aa_hi
+        queue_gated_pct cold_probe dropped_rounds neighbour_load_pct canary_spread_pct aa_lo aa_hi
     """,
-    "samples.csv": "run_id cell_id process round position variant iters ms t_s",
+    "samples.csv": "run_id cell_id process round position variant iters ms dropped t_s",
     "telemetry.csv": """
         run_id cell_id t_s gpu_uuid power_w energy_j temp_c sm_clock_mhz mem_clock_mhz util_pct
         nvml_used_bytes throttle_reasons
@@ -95,7 +97,7 @@ def test_a_unit_in_a_name_is_the_unit_of_the_column(file: str) -> None:
 
 def test_performance_is_what_was_measured_and_nothing_else() -> None:
     stages = {f"ms_{s}" for s in STAGE_NAMES} | {f"share_{s}_pct" for s in STAGE_NAMES}
-    times = {"ms_total", "ms_lo", "ms_hi", "ms_min", "ms_p95", "ms_emit", "ms_plain"}
+    times = {"ms_total", "ms_lo", "ms_hi", "ms_min", "ms_p95", "ms_emit", "ms_plain", "ms_cross"}
     alone = {"ms_alone_cmp", "ms_alone_sel", "ms_alone_win"}
     rates = {"tflops", "gbps", "pct_of_limit", "tokens_per_s"}
     memory = {"peak_alloc_bytes", "peak_reserved_bytes", "nvml_used_bytes"}

@@ -16,41 +16,50 @@ from nsabench.store.schema import CELL_COLUMNS, SCHEMA_VERSION, TABLES, columns_
 Create = Callable[..., RunDir]
 Make = Callable[[int], Any]
 
-LATER = {"scope": "module", "twin": 0, "canary_spread_pct": None}
+OLDER = range(1, SCHEMA_VERSION)
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def make_old(run: RunDir) -> Path:
-    """The run as schema 1 had it: without the columns that came later."""
+def make_old(run: RunDir, version: int) -> Path:
+    """The run as an older schema had it: without the columns that came later."""
     path = run.path
     info = json.loads((path / "run.json").read_text())
-    del info["tags"], info["suite"]
-    (path / "run.json").write_text(json.dumps({**info, "schema_version": 1}))
-    keep = [c.name not in LATER for c in CELL_COLUMNS]
-    lines = [line.split(",") for line in (path / "cells.csv").read_text().splitlines()]
-    assert not any('"' in part for line in lines for part in line)
-    (path / "cells.csv").write_text("".join(",".join(compress(line, keep)) + "\n" for line in lines))
+    if version == 1:
+        del info["tags"], info["suite"]
+    (path / "run.json").write_text(json.dumps({**info, "schema_version": version}))
+    for file in ("cells.csv", "samples.csv"):
+        keep = [column in columns_of(file, version) for column in TABLES[file]]
+        lines = [line.split(",") for line in (path / file).read_text().splitlines()]
+        assert not any('"' in part for line in lines for part in line)
+        (path / file).write_text("".join(",".join(compress(line, keep)) + "\n" for line in lines))
+    known = {column.name for column in columns_of("cells.csv", version)}
     journal = []
     for line in (path / "journal.jsonl").read_text().splitlines():
         record = json.loads(line)
-        record["row"] = {name: value for name, value in record["row"].items() if name not in LATER}
+        record["row"] = {name: value for name, value in record["row"].items() if name in known}
         journal.append(json.dumps(record) + "\n")
     (path / "journal.jsonl").write_text("".join(journal))
     return path
 
 
+@pytest.fixture(params=OLDER)
+def version(request: pytest.FixtureRequest) -> int:
+    found: int = request.param
+    return found
+
+
 @pytest.fixture
-def old(create_run: Create, make_cell: Make) -> Path:
+def old(create_run: Create, make_cell: Make, version: int) -> Path:
     run = create_run()
     for i in range(3):
         row, *rest = make_cell(i)
-        run.append({**row, "route": "auto", "impl": "nsa"}, *rest)
+        run.append({**row, "route": "auto", "impl": "nsa", "scope": "module", "twin": 0}, *rest)
     run.close()
-    return make_old(run)
+    return make_old(run, version)
 
 
 @pytest.mark.parametrize("kept", [["journal.jsonl"], []], ids=["journal", "CSV alone"])
-def test_a_run_of_schema_1_loads_with_its_scope_filled_in(old: Path, kept: list[str]) -> None:
+def test_a_run_of_an_older_schema_loads_with_its_scope_filled_in(old: Path, kept: list[str]) -> None:
     if not kept:
         (old / "journal.jsonl").unlink()
     run = load_run(old)
@@ -63,19 +72,19 @@ def test_a_run_of_schema_1_loads_with_its_scope_filled_in(old: Path, kept: list[
     assert {row["twin"] for row in run.rows} == {0}
 
 
-def test_an_empty_run_of_schema_1_loads(create_run: Create) -> None:
+def test_an_empty_run_of_an_older_schema_loads(create_run: Create, version: int) -> None:
     run = create_run()
     run.close()
-    path = make_old(run)
+    path = make_old(run, version)
     assert load_run(path).cells.empty
     (path / "journal.jsonl").unlink()
     assert load_run(path).cells.empty
 
 
-def test_a_run_of_schema_1_is_not_continued(old: Path) -> None:
+def test_a_run_of_an_older_schema_is_not_continued(old: Path, version: int) -> None:
     before = {p.name: p.read_bytes() for p in old.iterdir()}
     with pytest.raises(
-        StoreError, match=r"has schema 1, which can be read but not continued; .* measure anew"
+        StoreError, match=rf"has schema {version}, which can be read but not continued; .* measure anew"
     ):
         RunDir.open(old)
     assert {p.name: p.read_bytes() for p in old.iterdir()} == before
@@ -88,10 +97,24 @@ def test_runs_that_are_kept_in_the_repository_load() -> None:
         assert set(run.cells["scope"]) <= {"module", "core"}
 
 
-def test_only_later_columns_are_missing_from_schema_1() -> None:
+LATER = {
+    1: {
+        "cells.csv": "scope twin canary_spread_pct cross_timer ms_cross timers_note copies neighbour_overlap "
+        "union_blocks queue_gated_pct cold_probe dropped_rounds neighbour_load_pct",
+        "samples.csv": "dropped",
+    },
+    2: {
+        "cells.csv": "cross_timer ms_cross timers_note copies neighbour_overlap union_blocks "
+        "queue_gated_pct cold_probe dropped_rounds neighbour_load_pct",
+        "samples.csv": "dropped",
+    },
+}
+
+
+def test_only_later_columns_are_missing_from_older_schemas(version: int) -> None:
     for file in TABLES:
-        missing = set(TABLES[file]) - set(columns_of(file, 1))
-        assert {c.name for c in missing} == (set(LATER) if file == "cells.csv" else set())
+        missing = set(TABLES[file]) - set(columns_of(file, version))
+        assert {c.name for c in missing} == set(LATER[version].get(file, "").split())
         assert columns_of(file, SCHEMA_VERSION) == TABLES[file]
 
 
