@@ -51,8 +51,13 @@ NSABENCH_FLOORS: dict[str, set[str]] = {
     "measure": set(),
     "peers": {"nsa"},
     "run": {"plan", "stats", "store", "measure", "peers", "nsa"},
+    "verify": {"plan", "stats", "store", "measure", "peers", "run", "nsa"},
+    "training": {"plan", "stats", "store", "measure", "run", "nsa"},
     "history": {"plan", "stats", "store", "run"},
-    "commands": {"plan", "stats", "store", "present", "measure", "peers", "run", "history", "nsa"},
+    "commands": {
+        *("plan", "stats", "store", "present", "measure", "peers", "run", "verify", "training", "history"),
+        "nsa",
+    },
     "cli": {"commands"},
 }
 # nsabench knows nsa by its public names, the spec, the tolerances, the routes and the block geometry.

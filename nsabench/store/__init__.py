@@ -6,6 +6,7 @@ from nsabench.store.merge import merge_runs
 from nsabench.store.reading import Run, RunCells, find_runs, load_cells, load_run
 from nsabench.store.runs import RunDir
 from nsabench.store.schema import SchemaError
+from nsabench.store.tables import TableRun, read_table
 
 __all__ = [
     "DiskError",
@@ -14,10 +15,12 @@ __all__ = [
     "RunDir",
     "SchemaError",
     "StoreError",
+    "TableRun",
     "capture_environment",
     "find_runs",
     "git_revision",
     "load_cells",
     "load_run",
     "merge_runs",
+    "read_table",
 ]

@@ -68,6 +68,18 @@ def read_info(path: Path) -> dict[str, Any]:
     return dict(info)
 
 
+def said_kind(info: Mapping[str, Any]) -> str:
+    """What kind of run run.json is of, in words."""
+    words = {"verify": "a scorecard (nsabench verify)", "train": "a training (nsabench train)"}
+    return words.get(str(info.get("kind", "")), "a run of cells")
+
+
+def refuse_other_kind(path: Path, info: Mapping[str, Any]) -> None:
+    """StoreError for a run that has no cells."""
+    if "kind" in info:
+        raise StoreError(f"{path} is {said_kind(info)}, which has no cells; nsabench report shows it")
+
+
 def read_journal(path: Path, version: int = SCHEMA_VERSION) -> Journal:
     """The journal of the run at `path`, of that schema. A last line cut short counts as never written.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nsabench.store.files import StoreError, disk_error
-from nsabench.store.journal import RUN_FILE, read_info, read_journal
+from nsabench.store.journal import RUN_FILE, read_info, read_journal, refuse_other_kind
 from nsabench.store.schema import CELL_COLUMNS, TABLES, Column, clean_value, columns_of, upgraded
 
 if TYPE_CHECKING:
@@ -135,6 +135,7 @@ def load_run(path: Path | str) -> Run:
 def _load(path: Path) -> tuple[dict[str, Any], "pd.DataFrame", dict[str, int] | None]:
     """run.json, the cells, and the size in bytes up to which each CSV file counts, where a journal says."""
     info = read_info(path)
+    refuse_other_kind(path, info)
     version = info["schema_version"]
     # The journal before the CSV files: a run being written only ever has more than its journal says.
     try:

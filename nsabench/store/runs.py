@@ -25,7 +25,7 @@ from nsabench.store.files import (
     header,
     sync_folder,
 )
-from nsabench.store.journal import JOURNAL_FILE, RUN_FILE, journal_line, read_info
+from nsabench.store.journal import JOURNAL_FILE, RUN_FILE, journal_line, read_info, refuse_other_kind
 from nsabench.store.machine import stored_peaks
 from nsabench.store.repair import inspect, repair
 from nsabench.store.schema import SCHEMA_VERSION, TABLES, SchemaError, check_row, clean_row
@@ -84,8 +84,7 @@ class RunDir:
         where `root` cannot be written, or `name` cannot name a folder or a tag is no word, DiskError where
         the disk is full; either leaves nothing behind.
         """
-        if not _NAME.fullmatch(name):
-            raise StoreError(f"run name {name!r} is not usable; allowed: letters, digits and _.-, up to 64")
+        check_name(name)
         check_tags(tags)
         now = utc_now()
         peaks = stored_peaks(environment, (str(cell["device"]) for cell in plan if "device" in cell))
@@ -109,10 +108,8 @@ class RunDir:
             json.dumps(info)
         except (TypeError, ValueError) as error:
             raise StoreError(f"{RUN_FILE} cannot hold what it was given: {error}") from error
-        commit = str(environment.get("commit") or "nogit")[:7]
-        dirty = "-dirty" if environment.get("dirty") else ""
         empty = {file: header(columns) for file, columns in TABLES.items()} | {JOURNAL_FILE: b""}
-        path = create_folder(Path(root), f"{now:%Y%m%dT%H%M%SZ}-{name}-{commit}{dirty}", info, empty)
+        path = create_folder(Path(root), folder_stem(now, name, environment), info, empty)
         try:
             return cls._opened(path)
         except BaseException:
@@ -136,7 +133,7 @@ class RunDir:
 
     @classmethod
     def _opened(cls, path: Path) -> "RunDir":
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             run = cls(path, read_info(path), lock)
             journal = inspect(path)
@@ -226,6 +223,19 @@ class RunDir:
         self._sizes = sizes
 
 
+def check_name(name: str) -> None:
+    """StoreError for a name that cannot be part of a folder's."""
+    if not _NAME.fullmatch(name):
+        raise StoreError(f"run name {name!r} is not usable; allowed: letters, digits and _.-, up to 64")
+
+
+def folder_stem(now: datetime, name: str, environment: Mapping[str, Any]) -> str:
+    """What a run's folder is called: UTC time, name and commit."""
+    commit = str(environment.get("commit") or "nogit")[:7]
+    dirty = "-dirty" if environment.get("dirty") else ""
+    return f"{now:%Y%m%dT%H%M%SZ}-{name}-{commit}{dirty}"
+
+
 def check_tags(tags: Sequence[str]) -> None:
     """StoreError for a tag that is not one word."""
     for tag in tags:
@@ -295,6 +305,7 @@ def _missing_folders(path: Path) -> list[Path]:
 def refuse_unless_continuable(path: Path) -> None:
     """StoreError for a folder that is no run, a merged run, and one of another schema."""
     info = read_info(path)
+    refuse_other_kind(path, info)
     if "sources" in info:
         raise StoreError(f"{path} is merged from {len(info['sources'])} runs; continue those, then merge")
     version = info["schema_version"]
@@ -305,7 +316,8 @@ def refuse_unless_continuable(path: Path) -> None:
         )
 
 
-def _take_lock(path: Path) -> filelock.BaseFileLock:
+def take_lock(path: Path) -> filelock.BaseFileLock:
+    """The lock of the run at `path`, held; StoreError where another process writes it."""
     lock = filelock.FileLock(path / _LOCK_FILE, timeout=0, thread_local=False)
     try:
         lock.acquire()
