@@ -80,6 +80,10 @@ class CpuTimer:
         self.warmup_ms = (self._clock() - began) * 1e3
         self._step = step
 
+    def use(self, step: Step) -> None:
+        """Time this one from now on: it does what the prepared one did, and is as warm."""
+        self._step = step
+
     def sample(self, iters: int) -> float:
         step = ready(self._step, iters)
         batches = (iters, 1) if self.regime == "latency" else (1, iters)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nsabench.measure import (
+    CpuTimer,
     GraphTimer,
     Shares,
     StageRecorder,
@@ -79,6 +80,7 @@ class Arm:
         self._profiled: Weighted = []
         self._timers: list[tuple[Variant, Timer, int]] = []
         self._first: dict[str, torch.Tensor] = {}
+        self._places: list[list[Variant]] = []
         self.step_ms = math.inf
         """Of the shortest variant, once, before the rounds."""
 
@@ -103,7 +105,7 @@ class Arm:
             "regime": self.policy.regime,
             "cache": self.policy.cache_for(self.cell),
         }
-        if self.fields["timer"] == "graph":
+        if self.fields["timer"] in ("graph", "cpu"):
             self.fields["copies"] = 1
 
     def _iters(self, once_ms: float) -> int:
@@ -132,6 +134,11 @@ class Arm:
             self._timers[place] = variant, timer, count * self._iters(count * self.step_ms)
         self.fields["copies"] = count if cold else 1
 
+    def spread(self, count: int) -> None:
+        """Take turns, a round each, on the workload's first ``count`` copies, itself the first of them."""
+        self._places = [workload.variants(self.cell.route) for workload in self.workload.copies(count)]
+        self.fields["copies"] = count
+
     def note(self, text: str) -> None:
         """Add to ``timers_note``."""
         notes = [self.fields.get("timers_note"), text]
@@ -141,6 +148,7 @@ class Arm:
         """Let go of what only sampling needs: outputs, captured graphs."""
         self._timers.clear()
         self._first.clear()
+        self._places.clear()
 
     def _describe_work(self) -> None:
         work = self.workload.work(self.cell.route)
@@ -179,8 +187,12 @@ class Arm:
         return make_timer(kind, self.workload.device, self.policy.cache_for(self.cell), self.policy.regime)
 
     def sample(self, round_number: int, position: int) -> None:
-        """One sample of each variant."""
-        for variant, timer, iters in self._timers:
+        """One sample of each variant. Raises Refused where a copy gives another result."""
+        place = round_number % len(self._places) if self._places else 0
+        for number, (variant, timer, iters) in enumerate(self._timers):
+            if self._places:
+                assert isinstance(timer, CpuTimer)
+                timer.use(self._places[place][number].step)
             at = self.clock()
             self.samples.append(
                 {
@@ -193,6 +205,8 @@ class Arm:
                     "t_s": at,
                 }
             )
+            if place == round_number > 0:
+                self._refuse_other(variant, _kept(timer.output), "in a copy")
 
     def finish(self) -> None:
         """After the rounds: the result once more, then time, shares, branches alone and memory. Raises

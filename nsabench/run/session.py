@@ -20,6 +20,7 @@ from nsabench.plan import Cell
 from nsabench.run.arm import Arm
 from nsabench.run.gate import Refused, refuse_wrong_cache
 from nsabench.run.neighbours import Neighbours
+from nsabench.run.placement import placements
 from nsabench.run.policy import Policy
 from nsabench.run.rotation import rotation
 from nsabench.run.timing import dropped_rounds
@@ -67,6 +68,9 @@ def measure_group(
     for arm, steps in rotation(arms).items():
         sink.doing(f"{steps} steps of {_name(arm)} in one graph")
         _guard(arm, partial(arm.rotate, steps), sink)
+    for arm, places in placements(arms).items():
+        sink.doing(f"{places} copies of the tensors of {_name(arm)}, elsewhere in memory")
+        _guard(arm, partial(arm.spread, places), sink)
     if policy.settle:
         _settle(arms, sink)
     with open_sampler(cells[0].device, clock=clock) as sampler:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 MIN_VALUES = 6
 """Fewest values (or pairs) with an interval: with 5, not even the whole range reaches 95 % confidence."""
@@ -49,7 +48,7 @@ def median_interval(values: Values, confidence: float = 0.95) -> Interval:
     ordered = np.sort(_positive(values, "values"))
     n = len(ordered)
     # The k-th smallest lies above the median when fewer than k values lie below it: binomial with p = 1/2.
-    below = special.bdtr(np.arange(n), n, 0.5)
+    below = np.cumsum([math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(n)])
     lo, hi = _bounds(ordered, n, below, confidence)
     return Interval(float(np.median(ordered)), lo, hi, n)
 
@@ -116,6 +115,8 @@ class Between:
 
     def reach(self, confidence: float) -> float:
         """Half the width of the t-interval."""
+        from scipy import special  # late: a fifth of a second that no table or figure need wait for
+
         return float(special.stdtrit(self.freedom, (1 + confidence) / 2)) * self.error
 
     @property
@@ -123,6 +124,8 @@ class Between:
         """Of the t-test that the log-ratio is 0, two-sided."""
         if not self.error:
             return float(self.mean == 0)
+        from scipy import special  # late, as above
+
         return 2 * float(special.stdtr(self.freedom, -abs(self.mean) / self.error))
 
 
@@ -207,10 +210,17 @@ def _bounds(
     return float(ordered[k - 1]), float(ordered[-k])
 
 
+def _log_choose(n: int, k: int) -> float:
+    """log of the binomial coefficient."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
 def _signed_rank_cdf(n: int) -> npt.NDArray[np.float64]:
     """P(T <= t) for t = 0 .. n(n+1)/2, T the signed-rank sum of n values that are symmetric about 0."""
     total = n * (n + 1) // 2
     if n > _EXACT:
+        from scipy import special  # late, as above
+
         spread = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
         return np.asarray(special.ndtr((np.arange(total + 1) + 0.5 - total / 2) / spread))
     chance = np.zeros(total + 1)
@@ -225,6 +235,8 @@ def _rank_sum_cdf(n: int, m: int) -> npt.NDArray[np.float64]:
     """P(U <= u) for u = 0 .. n m, U the number of pairs in order when both samples are alike."""
     total = n * m
     if total > _EXACT_PAIRS:
+        from scipy import special  # late, as above
+
         spread = math.sqrt(total * (n + m + 1) / 12)
         return np.asarray(special.ndtr((np.arange(total + 1) + 0.5 - total / 2) / spread))
     # Coefficients of the Gaussian binomial: each of the n values passes 0 to m of the others.

@@ -192,7 +192,7 @@ def test_an_arm_found_wrong_after_the_rounds_keeps_its_samples_but_no_number(
         nonlocal count
         count += 1
         out, lse = true(*given, **more)
-        return (out * 1.5 if count > 8 else out), lse
+        return (out * 1.5 if count > 10 else out), lse
 
     with plant(SLIDING, bug):
         run_plan([cell], quick, run, Watcher())

@@ -254,3 +254,12 @@ def test_unpaired_ratio_turned_round(seed: int, scale: float) -> None:
     there, back = unpaired_ratio(a, b), unpaired_ratio(b, a)
     assert back.point == pytest.approx(1 / there.point)
     assert back.lo == pytest.approx(1 / there.hi)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("n", [6, 7, 15, 40, 199, 1000, 10_001])
+def test_order_statistics_are_those_of_the_binomial(n: int) -> None:
+    from scipy.stats import binom
+
+    found = median_interval(np.arange(1.0, n + 1))
+    k = int(np.searchsorted(binom.cdf(np.arange(n), n, 0.5), 0.025, side="right"))
+    assert (found.lo, found.hi) == (k, n + 1 - k)
