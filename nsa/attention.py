@@ -47,6 +47,24 @@ def nsa_attention(
         ValueError: shapes that do not fit the configuration, or routing text that does not parse.
         UnsupportedRoute: a named backend cannot run here, with the reason of each row.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        # A backend computes in its inputs' dtype and accumulates in fp32; autocast would undo both inside it.
+        with torch.autocast(q.device.type, enabled=False):
+            return nsa_attention(
+                q,
+                k_cmp,
+                v_cmp,
+                k_sel,
+                v_sel,
+                k_win,
+                v_win,
+                gates,
+                config,
+                routing=routing,
+                q_start=q_start,
+                win_start=win_start,
+                block_indices=block_indices,
+            )
     _check_shapes(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, config)
     if block_indices is not None:
         _check_blocks(block_indices, q, k_sel, config)

@@ -163,7 +163,8 @@ class NativeSparseAttention(nn.Module):
         key = self.compress_k(raw[0])
         if not self.compress_rotated:
             key = self._rotate(key, first_block * stride, stride)
-        return key, self.compress_v(raw[1])
+        # Under autocast a learned phi may give another dtype than its tokens have.
+        return key.to(raw[0].dtype), self.compress_v(raw[1]).to(raw[1].dtype)
 
     def _rotate(self, x: torch.Tensor, start: int, step: int) -> torch.Tensor:
         """Rotate ``x (B,T,heads,D)`` by positions ``start, start + step, ...`` (RoPE, half-split pairs)."""
