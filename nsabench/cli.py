@@ -13,13 +13,17 @@ from nsabench.commands.compare import compare
 from nsabench.commands.decode import decode
 from nsabench.commands.doctor import doctor
 from nsabench.commands.merge import merge
+from nsabench.commands.peers import peers
 from nsabench.commands.plot import plot
 from nsabench.commands.prefill import prefill
 from nsabench.commands.profile import profile
+from nsabench.commands.report import report
 from nsabench.commands.results import results
 from nsabench.commands.resume import resume
 from nsabench.commands.routes import routes
 from nsabench.commands.suite import suite
+from nsabench.commands.train import train
+from nsabench.commands.verify import verify
 
 INTERRUPTED = 130
 
@@ -51,12 +55,16 @@ for command in (
     flat(prefill),
     flat(compare),
     flat(profile),
+    flat(train),
+    verify,
     resume,
     results,
     merge,
     plot,
+    report,
     routes,
     doctor,
+    peers,
 ):
     app.command()(command)
 app.add_typer(suite)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
 from nsabench.commands._console import complain
 
-if TYPE_CHECKING:
-    from nsabench.store import RunCells
 
-AnyRun = TypeVar("AnyRun", bound="RunCells")
+class Told(Protocol):
+    """A loaded run, of whatever kind."""
+
+    @property
+    def info(self) -> dict[str, Any]: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=Told)
 
 Where = Annotated[
     list[str] | None,

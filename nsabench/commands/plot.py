@@ -38,24 +38,32 @@ def plot(
 ) -> None:
     """Draw time, stage shares, memory and speed over S from stored runs alone, on any machine.
 
-    Figures stay readable: what there is no room for is said, in the figure and here.
+    Of a training: its loss, speed, gate shares and what it retrieves, in figures of its own. Figures stay
+    readable: what there is no room for is said, in the figure and here.
     """
     with one_line_errors():
         from nsabench.present.plots import plot_run, second_process, set_name
         from nsabench.present.selecting import parse_where
-        from nsabench.store import load_cells
+        from nsabench.present.training_figures import load_drawable, plot_training
+        from nsabench.store import RunCells
 
-        condition = parse_where(where or ())
+        condition, kinds = parse_where(where or ()), [part.strip() for part in formats.split(",")]
         with second_process() as helper:
-            loaded = s.stored_runs(runs, load_cells, tag or (), since)
-            files = plot_run(
-                loaded,
-                out / set_name([run.run_id for run in loaded]),
-                [part.strip() for part in formats.split(",")],
-                keep=condition or None,
-                most=most,
-                note=complain,
-                helper=helper,
-            )
+            found = s.stored_runs(runs, load_drawable, tag or (), since)
+            loaded = [run for run in found if isinstance(run, RunCells)]
+            files = []
+            if loaded or not found:
+                files += plot_run(
+                    loaded,
+                    out / set_name([run.run_id for run in loaded]),
+                    kinds,
+                    keep=condition or None,
+                    most=most,
+                    note=complain,
+                    helper=helper,
+                )
+            for run in found:
+                if not isinstance(run, RunCells):
+                    files += plot_training(run, out / str(run.info["run_id"]), kinds)
         for file in files:
             console().print(str(file), soft_wrap=True, markup=False)

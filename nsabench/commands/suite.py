@@ -56,6 +56,7 @@ def show(name: Name, json: Json = False) -> None:
     """Show a suite: its sweeps, its criteria, and the command line that does the same as each sweep."""
     with one_line_errors():
         from nsabench.plan import find_suite, load_suite
+        from nsabench.plan.criteria import wanted_of
 
         path = find_suite(name)
         one = load_suite(path)
@@ -74,8 +75,8 @@ def show(name: Name, json: Json = False) -> None:
         talk.print("each sweep by itself:")
         for sweep in one.resolved():
             talk.print(f"{sweep.number}: {command_line(one, sweep)}", soft_wrap=True, markup=False)
-        for line in _criteria(one):
-            talk.print(line, soft_wrap=True, markup=False)
+        for wanted in wanted_of(one.criteria):
+            talk.print(f"wanted: {wanted.words}", soft_wrap=True, markup=False)
 
 
 @suite.command("schema")
@@ -147,18 +148,3 @@ def _policy_words(name: str, value: object) -> list[str]:
             return [f"--{name}" if value else f"--no-{name}"]
         case _:
             return [o.option_of(name), f"{value:g}" if isinstance(value, float) else str(value)]
-
-
-def _criteria(one: Suite) -> list[str]:
-    lines = []
-    for wanted in one.criteria.get("speedup", ()):
-        route, passes = wanted.get("route", "auto"), wanted.get("passes", "fwd")
-        lines.append(
-            f"wanted: {route} at least {wanted['ratio']:g} x the speed of {wanted['against']}, "
-            f"{wanted['phase']} {passes} of the {wanted.get('scope', 'module')} at S={wanted['S']}"
-        )
-    if one.criteria.get("require_ok"):
-        lines.append("wanted: every cell ok")
-    if "max_failures" in one.criteria:
-        lines.append(f"wanted: at most {one.criteria['max_failures']} failed cells")
-    return lines

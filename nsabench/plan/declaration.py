@@ -18,6 +18,7 @@ from nsabench.plan.kinds import (
     Whole,
     Words,
 )
+from nsabench.plan.training import PRECISIONS
 
 TIMERS = ("auto", "cpu", "host", "event", "graph")
 CACHES = ("auto", "cold", "warm")
@@ -97,10 +98,47 @@ SPEEDUP = Table(
     },
     required=("S", "phase", "against", "ratio"),
 )
+MAX_MS = Table(
+    "One time of a step that must not be passed.",
+    {
+        "S": Whole("Sequence length, tokens.", 1),
+        "phase": Choice("Phase.", PHASES),
+        "passes": Choice("Pass; fwd where left out.", ("fwd", "bwd", "fwd_bwd")),
+        "scope": Choice("Scope; module where left out.", ("module", "core")),
+        "route": Text("Route of NSA, or a baseline such as dense; auto where left out."),
+        "ms": Number("Longest time, ms.", 1e9),
+    },
+    required=("S", "phase", "ms"),
+)
+TRAINING = Table(
+    "What one training must show: status ok and every loss finite, in any case, and what is given here.",
+    {
+        "precision": Choice("Only a training in this precision; any where left out.", PRECISIONS),
+        "steps": Whole("Least steps.", 1),
+        "loss": Number("Highest mean loss of its last tenth of steps, nats.", 1e6),
+        "loss_falls": Flag("The mean loss of its last tenth of steps is below that of its first."),
+        "open_gates": Flag("In no layer had the gates collapsed at its end."),
+        "needle": Number("Least accuracy of needle retrieval from beyond the window, a part of 1.", 1),
+        "sel_off_near_chance": Flag(
+            "The same accuracy with the selected branch off is within 0.05, or 3 standard errors, of chance."
+        ),
+    },
+)
 CRITERIA: dict[str, Kind] = {
-    "require_ok": Flag("Every cell must be ok; one that this machine cannot run fails too."),
+    "require_ok": Flag("Every planned cell must be ok; one that this machine cannot run fails too."),
     "max_failures": Whole("Most cells that may fail; one that this machine cannot run is no failure.", 0),
+    "correct": Flag("Every ok cell must be checked against the reference, within its error budget."),
+    "max_rel_interval": Number(
+        "Widest 95 % interval of an ok cell's time, as a part of that time: 0.05 is 5 %.", 100
+    ),
+    "comparisons": Choice(
+        "What verdicts of nsabench compare must be: valid, none is INVALID; conclusive, nor INCONCLUSIVE.",
+        ("valid", "conclusive"),
+    ),
+    "verify": Choice("pass: a scorecard of nsabench verify in which nothing of ours fails.", ("pass",)),
     "speedup": Tables("Ratios that must be reached.", SPEEDUP),
+    "max_ms": Tables("Times that must not be passed.", MAX_MS),
+    "training": Tables("Trainings there must be, each met by one run of nsabench train.", TRAINING),
 }
 SWEEP = Table(
     "One sweep: every combination of its axes, over the defaults of [shape].",

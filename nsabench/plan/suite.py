@@ -167,13 +167,14 @@ def unmeasured(suite: Suite, cells: Iterable[Cell]) -> list[str]:
         (c.S, c.phase, c.passes, c.scope, c.impl if c.impl != "nsa" else c.route, c.group_key) for c in cells
     }
     lines = []
-    for number, wanted in enumerate(suite.criteria.get("speedup", ()), 1):
-        kind = (wanted["S"], wanted["phase"], wanted.get("passes", "fwd"), wanted.get("scope", "module"))
-        route, against = wanted.get("route", "auto"), wanted["against"]
-        where = [{m[5] for m in measured if m[:5] == (*kind, arm)} for arm in (route, against)]
-        if not where[0] & where[1]:
-            what = f"{kind[1]} {kind[2]} of the {kind[3]} at S={kind[0]}"
-            lines.append(f"criteria.speedup[{number}]: no sweep measures {route} beside {against}, {what}")
+    for key in ("speedup", "max_ms"):
+        for number, wanted in enumerate(suite.criteria.get(key, ()), 1):
+            kind = (wanted["S"], wanted["phase"], wanted.get("passes", "fwd"), wanted.get("scope", "module"))
+            arms = [wanted.get("route", "auto"), *([wanted["against"]] if "against" in wanted else [])]
+            where = [{m[5] for m in measured if m[:5] == (*kind, arm)} for arm in arms]
+            if not set.intersection(*where):
+                what = f"{kind[1]} {kind[2]} of the {kind[3]} at S={kind[0]}"
+                lines.append(f"criteria.{key}[{number}]: no sweep measures {' beside '.join(arms)}, {what}")
     return lines
 
 

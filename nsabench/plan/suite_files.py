@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nsabench.plan.axes import PlanError, nearest
-from nsabench.plan.declaration import SUITE
+from nsabench.plan.declaration import CRITERIA, SUITE
+from nsabench.plan.kinds import Tables
 from nsabench.plan.suite import Suite
 
 FOLDER = "suites"
@@ -94,12 +95,13 @@ def to_toml(suite: Suite) -> str:
             lines += ["", f"[{key}]", *_pairs(declared[key])]
     for own in declared["sweep"]:
         lines += ["", "[[sweep]]", *_pairs(own)]
-    criteria = dict(declared.get("criteria", {}))
-    speedups = criteria.pop("speedup", [])
-    if criteria:
-        lines += ["", "[criteria]", *_pairs(criteria)]
-    for wanted in speedups:
-        lines += ["", "[[criteria.speedup]]", *_pairs(wanted)]
+    criteria = declared.get("criteria", {})
+    tables = {key: items for key, items in criteria.items() if isinstance(CRITERIA[key], Tables)}
+    if len(tables) < len(criteria):
+        lines += ["", "[criteria]", *_pairs({k: v for k, v in criteria.items() if k not in tables})]
+    for key, items in tables.items():
+        for item in items:
+            lines += ["", f"[[criteria.{key}]]", *_pairs(item)]
     return "\n".join(lines) + "\n"
 
 

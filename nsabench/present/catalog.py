@@ -1,7 +1,9 @@
-"""Many runs at once: a line for each, or the cells of all."""
+"""Many runs at once: a line for each, whatever its kind, or the cells of all."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,19 +14,32 @@ from rich.table import Table
 from rich.text import Text
 
 from nsabench.present.frame import cell_rows, planned_routes
+from nsabench.present.material import (
+    device_of,
+    load_kind,
+    scorecard_line,
+    scorecard_status,
+    setting_of,
+    training_line,
+    training_status,
+)
 from nsabench.present.naming import commit_of, machine_of
 from nsabench.present.pairing import Compared, compare
 from nsabench.present.wording import MISSING, count_text
-from nsabench.store import Run, RunCells
+from nsabench.store import Run, RunCells, load_cells
+from nsabench.store.scorecard import Scorecard
+from nsabench.store.training import Training
 
 Keep = Callable[[pd.DataFrame], "pd.Series[bool]"]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in one line. `counts` are its cells by status, the most frequent first.
+    """A run in one line. `counts` are its cells, or checks, by status, the most frequent first.
 
-    `narrowed`: only those that were looked for. `planned`: how many cells the run was to have.
+    `narrowed`: only those that were looked for. `planned`: how many cells the run was to have. `kind` is
+    cells, verify or train, `status` what became of it: of cells ok, failed where one did, or unfinished.
+    `outcome` says it in words, empty for cells, where the counts do.
     """
 
     path: str
@@ -39,12 +54,18 @@ class Summary:
     narrowed: bool
     counts: Mapping[str, int]
     sources: int
+    kind: str = "cells"
+    status: str = ""
+    outcome: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The summary for JSON."""
         return {
             "run_id": self.run_id,
             "path": self.path,
+            "kind": self.kind,
+            "status": self.status or None,
+            "outcome": counts_text(self),
             "created": self.created or None,
             "name": self.name or None,
             "tags": list(self.tags),
@@ -52,13 +73,20 @@ class Summary:
             "machines": list(self.machines),
             "commits": list(self.commits),
             "merged_from": self.sources if self.sources > 1 else None,
-            "planned": self.planned,
-            "cells": dict(self.counts),
+            "planned": self.planned if self.kind == "cells" else None,
+            "cells": dict(self.counts) if self.kind == "cells" else None,
         }
 
 
-def summarise(run: RunCells, keep: Keep | None = None) -> Summary:
-    """The run, and those of its cells that `keep` names."""
+def load_brief(path: Path) -> RunCells | Scorecard | Training:
+    """The run in the folder, whatever its kind, with what a line about it takes."""
+    return load_kind(path, load_cells)
+
+
+def summarise(run: RunCells | Scorecard | Training, keep: Keep | None = None) -> Summary:
+    """The run, and those of its cells that `keep` names: a run of another kind has none."""
+    if not isinstance(run, RunCells):
+        return _other(run, keep is not None)
     cells = run.cells[keep(run.cells)] if keep else run.cells
     info = run.info
     machines = dict.fromkeys(
@@ -77,6 +105,38 @@ def summarise(run: RunCells, keep: Keep | None = None) -> Summary:
         narrowed=keep is not None,
         counts={str(status): int(n) for status, n in cells["status"].value_counts().items()},
         sources=len(run.sources) if "sources" in info else 1,
+        status=_status_of(run),
+    )
+
+
+def _status_of(run: RunCells) -> str:
+    found = set(run.cells["status"])
+    if len(run.cells) < len(run.info.get("plan") or ()):
+        return "unfinished"
+    return "failed" if found - {"ok", "unsupported"} else "ok"
+
+
+def _other(run: Scorecard | Training, narrowed: bool) -> Summary:
+    """A scorecard or a training."""
+    info, card = run.info, isinstance(run, Scorecard)
+    rows = run.rows if isinstance(run, Scorecard) else []
+    device = device_of(run) if isinstance(run, Scorecard) else str(setting_of(run, "device") or "cpu")
+    return Summary(
+        path=str(run.path),
+        run_id=str(info["run_id"]),
+        created=str(info.get("created") or ""),
+        name=str(info.get("name") or ""),
+        tags=tuple(info.get("tags") or ()),
+        suite="",
+        machines=(machine_of(info, device),),
+        commits=(commit_of(info),),
+        planned=0,
+        narrowed=narrowed,
+        counts={} if narrowed else dict(Counter(row["status"] for row in rows)),
+        sources=1,
+        kind="verify" if card else "train",
+        status=scorecard_status(run) if isinstance(run, Scorecard) else training_status(run),
+        outcome=scorecard_line(run) if isinstance(run, Scorecard) else training_line(run),
     )
 
 
@@ -93,7 +153,7 @@ def _runs_table(summaries: Sequence[Summary], stacked: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for head in ["run\n  when (UTC), tags, machine"] if stacked else ["run", "when (UTC)", "tags", "machine"]:
         table.add_column(head, overflow="fold")
-    table.add_column("cells", overflow="fold")
+    table.add_column(outcome_head(summaries), overflow="fold")
     for run in summaries:
         words = [when_text(run.created), " ".join(run.tags), ", ".join(run.machines)]
         if stacked:
@@ -120,8 +180,18 @@ def about_run(run: Summary, info: Mapping[str, Any]) -> list[object]:
     ]
 
 
+def outcome_head(summaries: Sequence[Summary]) -> str:
+    """What the column of `counts_text` is called."""
+    return "cells" if all(run.kind == "cells" for run in summaries) else "outcome"
+
+
 def counts_text(run: Summary) -> str:
-    """The cells by status, and how many of the planned they are where some are missing."""
+    """The cells by status, and how many of the planned they are where some are missing; of a run of another
+    kind what it is, its status and what it came to.
+    """
+    if run.kind != "cells":
+        what = {"verify": "scorecard", "train": "training"}[run.kind]
+        return f"{what} {run.status or 'unfinished'}: {run.outcome}"
     found = sum(run.counts.values())
     by_status = count_text({"status": status} for status, n in run.counts.items() for _ in range(n))
     merged = f", merged from {run.sources} runs" if run.sources > 1 else ""

@@ -4,12 +4,13 @@ import csv
 import importlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nsabench.plan import nearest
-from nsabench.present.catalog import Collected, Summary, counts_text, when_text
+from nsabench.present.catalog import Collected, Summary, counts_text, outcome_head, when_text
 from nsabench.present.frame import PresentError
 from nsabench.present.naming import commit_of, machine_of
 from nsabench.present.pairing import Compared
@@ -27,6 +28,7 @@ _WORDS = {
     "tags",
     "machine",
     "cells",
+    "outcome",
     "route",
     "status",
     *(c.name for c in CELL_COLUMNS if c.kind == "str"),
@@ -108,20 +110,34 @@ def export_runs(runs: Sequence[Summary], kind: str) -> bytes:
             ]
             for run in runs
         ]
-        return _markdown("", ["run", "when (UTC)", "tags", "machine", "cells"], lines, []).encode()
+        return _markdown("", ["run", "when (UTC)", "tags", "machine", outcome_head(runs)], lines, []).encode()
     if kind == "json":
         return _json([run.to_dict() for run in runs])
     columns = [Column(name, "str", "text", doc) for name, doc in _RUN_COLUMNS.items()]
     columns += [Column("planned", "int", "cells", "cells planned")]
-    statuses = dict.fromkeys(status for run in runs for status in run.counts)
+    statuses = dict.fromkeys(status for run in runs if run.kind == "cells" for status in run.counts)
     columns += [Column(f"cells_{status}", "int", "cells", f"cells that are {status}") for status in statuses]
     rows = [_flat_run(run, statuses) for run in runs]
     return _parquet(columns, rows) if kind == "parquet" else _csv([c.name for c in columns], rows)
 
 
+def export_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], kind: str) -> bytes:
+    """Rows of a table of those columns in one of the formats but "table"."""
+    if kind == "json":
+        return _json([{c.name: _finite(row.get(c.name)) for c in columns} for row in rows])
+    names = [c.name for c in columns]
+    if kind == "markdown":
+        lines = [["" if row.get(name) is None else str(row[name]) for name in names] for row in rows]
+        return _markdown("", names, lines, []).encode()
+    return _parquet(columns, rows) if kind == "parquet" else _csv(names, rows)
+
+
 _RUN_COLUMNS = {
     "run_id": "the run",
     "path": "its folder",
+    "kind": "cells, verify or train",
+    "status": "what became of it",
+    "outcome": "what it came to, in a line",
     "created": "when the run was made, UTC",
     "name": "command or suite",
     "tags": "tags, joined by blanks",
@@ -139,7 +155,8 @@ def _flat_run(run: Summary, statuses: Mapping[str, None]) -> dict[str, Any]:
         "commits": ", ".join(run.commits),
     }
     counts = {f"cells_{status}": run.counts.get(status, 0) for status in statuses}
-    return {name: said[name] for name in _RUN_COLUMNS} | joined | {"planned": run.planned} | counts
+    planned = {"planned": said["planned"]}
+    return {name: said[name] for name in _RUN_COLUMNS} | joined | planned | (counts if said["cells"] else {})
 
 
 def _flat(collected: Collected, cell: Compared) -> dict[str, Any]:
@@ -204,6 +221,11 @@ def _parquet(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> by
     sink = arrow.BufferOutputStream()
     parquet.write_table(arrow.Table.from_arrays(arrays, schema=arrow.schema(fields)), sink)
     return bytes(sink.getvalue())
+
+
+def _finite(value: Any) -> Any:
+    """What JSON can hold: no text that is empty, no number without end."""
+    return None if isinstance(value, float) and not math.isfinite(value) else _value(value)
 
 
 def _value(value: Any) -> Any:

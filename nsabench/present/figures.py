@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nsabench.present.drawing import Line, Mark, Scale, new_figure, place_grid, value_figure
-from nsabench.present.frame import Row, is_dense, shares_of
-from nsabench.present.pairing import Compared
+from nsabench.present.frame import Compared, Row, is_dense, shares_of
 from nsabench.present.panels import Panel, Series
 from nsabench.present.style import GREY, RUN_DASHES, STAGE_COLOURS, RouteStyle
 from nsabench.present.wording import arm_text, bytes_text, digits, folded, ratio_text, tokens_text

@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import pandas as pd
-
+from nsabench.present.wording import arm_text
+from nsabench.stats import Interval
 from nsabench.store.reading import frame_rows
 from nsabench.store.schema import CELL_COLUMNS, STAGES, clean_row
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 Order = Sequence[str] | Mapping[str, Sequence[str]]
 """The routes as asked for: of all rows, or by run_id."""
 
-Cells = pd.DataFrame | Iterable[Mapping[str, Any]]
+Cells: TypeAlias = "pd.DataFrame | Iterable[Mapping[str, Any]]"
 
 _COLUMNS = [c.name for c in CELL_COLUMNS]
 PLANNED = tuple(n for n in _COLUMNS[: _COLUMNS.index("route")] if n not in ("run_id", "cell_id"))
@@ -27,11 +31,34 @@ class PresentError(ValueError):
     """Nothing, or nothing sensible, to show; one line."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A cell, what it is compared with, and its speed relative to that: above 1 it is the faster one.
+
+    `base` is the first route of its shape and `dense` the fastest dense attention of its shape; each may be
+    the cell itself, and is None where there is none. `speed` and `x_dense` are None for the cell itself, and
+    unless both cells are ok and were timed in one regime, cache state and way.
+    """
+
+    row: Row
+    base: Row | None
+    speed: Interval | None
+    dense: Row | None
+    x_dense: Interval | None
+
+    @property
+    def dense_name(self) -> str:
+        """Which dense attention that is; empty where none is ok."""
+        return arm_text(self.dense) if self.dense is not None and self.dense["status"] == "ok" else ""
+
+
 def cell_rows(cells: Cells) -> list[Row]:
     """Rows with every column of cells.csv as plain values, missing ones "" (text) or None (numbers).
 
     Columns that this version does not know are left out.
     """
+    import pandas as pd
+
     if isinstance(cells, pd.DataFrame):
         return frame_rows(cells)
     return [

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsabench.present.frame import PLANNED, Row
-from nsabench.present.pairing import Compared
+from nsabench.present.frame import PLANNED, Compared, Row
 from nsabench.present.wording import field_text, fields_text, value_text
 from nsabench.store import Run, RunCells
 

@@ -2,44 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
-from nsabench.present.disturbances import is_dropped
-from nsabench.present.frame import Order, Row, baselines, conditions_of, dense_rows
-from nsabench.present.wording import arm_text
+from nsabench.present.frame import Compared, Order, Row, baselines, conditions_of, dense_rows
 from nsabench.stats import Interval, paired_ratios
 
-_KINDS = {"emit": 1, "plain": 2}
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KINDS = {"": 0, "emit": 1, "plain": 2}
 
 _ROUND_BITS = 32
 """Of a round's number within a run: below them is its number within its process, above them the process."""
 
 _Key = tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A cell, what it is compared with, and its speed relative to that: above 1 it is the faster one.
-
-    `base` is the first route of its shape and `dense` the fastest dense attention of its shape; each may be
-    the cell itself, and is None where there is none. `speed` and `x_dense` are None for the cell itself, and
-    unless both cells are ok and were timed in one regime, cache state and way.
-    """
-
-    row: Row
-    base: Row | None
-    speed: Interval | None
-    dense: Row | None
-    x_dense: Interval | None
-
-    @property
-    def dense_name(self) -> str:
-        """Which dense attention that is; empty where none is ok."""
-        return arm_text(self.dense) if self.dense is not None and self.dense["status"] == "ok" else ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +29,10 @@ class Rounds:
     ms: npt.NDArray[np.float64]
     positions: npt.NDArray[np.float64]
 
+    def only(self, places: Any) -> "Rounds":
+        """Those at these places, a slice or indices."""
+        return Rounds(self.numbers[places], self.ms[places], self.positions[places])
+
 
 class Shared(NamedTuple):
     """Rounds that two cells share: the times of each in ms, and which process measured the pair."""
@@ -59,7 +42,7 @@ class Shared(NamedTuple):
     processes: npt.NDArray[np.int64]
 
 
-def compare(rows: Sequence[Row], samples: pd.DataFrame | None = None, order: Order = ()) -> list[Compared]:
+def compare(rows: Sequence[Row], samples: "pd.DataFrame | None" = None, order: Order = ()) -> list[Compared]:
     """Each row, in order, with what it is compared with; see `Compared`.
 
     Intervals come from samples paired by (process, round). Without samples, or when the two cells were not
@@ -104,49 +87,80 @@ def shared_rounds(a: Rounds | None, b: Rounds | None) -> Shared | None:
     """The two cells' times in the rounds they share; None where those prove nothing."""
     if a is None or b is None:
         return None
-    _, in_a, in_b = np.intersect1d(a.numbers, b.numbers, assume_unique=True, return_indices=True)
+    if not np.array_equal(a.numbers, b.numbers):
+        _, in_a, in_b = np.intersect1d(a.numbers, b.numbers, assume_unique=True, return_indices=True)
+        a, b = a.only(in_a), b.only(in_b)
     # Two arms at one place of one round were not visited in turn: the pairs of such rounds prove nothing.
-    if not len(in_a) or (a.positions[in_a] == b.positions[in_b]).any():
+    if not len(a.numbers) or (a.positions == b.positions).any():
         return None
-    return Shared(a.ms[in_a], b.ms[in_b], a.numbers[in_a] >> _ROUND_BITS)
+    return Shared(a.ms, b.ms, a.numbers >> _ROUND_BITS)
 
 
-def rounds_of(rows: Sequence[Row], samples: pd.DataFrame) -> dict[_Key, Rounds]:
+def rounds_of(rows: Sequence[Row], samples: "pd.DataFrame") -> dict[_Key, Rounds]:
     """The rounds of every cell that count; decode's two kinds of step weighted as they occur."""
-    samples = samples[~is_dropped(samples)]
-    cell = samples.groupby(["run_id", "cell_id"], sort=False).ngroup().to_numpy()
-    kind = samples["variant"].map(_KINDS).fillna(0).to_numpy()
-    times = pd.DataFrame(
-        {name: samples[name].to_numpy() for name in ("process", "round", "position", "ms")}
-    ).assign(cell=cell, kind=kind)
-    in_round = ["cell", "process", "round"]
-    ms = times[times["ms"] > 0].groupby([*in_round, "kind"])["ms"].median().unstack("kind")
-    place = times.groupby(in_round)["position"].first().reindex(ms.index).to_numpy(dtype=float)
+    from nsabench.present.disturbances import is_dropped  # it needs pandas, which drawing does without
 
-    keys = list(samples[["run_id", "cell_id"]].drop_duplicates().itertuples(index=False, name=None))
+    samples = samples[~is_dropped(samples) & samples["process"].notna() & samples["round"].notna()]
+    keys: dict[_Key, int] = {}
+    names = zip(samples["run_id"].tolist(), samples["cell_id"].tolist(), strict=True)
+    cell = np.array([keys.setdefault(name, len(keys)) for name in names], dtype=np.int64)
+    process, within = (samples[name].to_numpy(dtype=np.int64) for name in ("process", "round"))
+    place, ms = (samples[name].to_numpy(dtype=np.float64) for name in ("position", "ms"))
+    kind = np.array([_KINDS.get(variant, 0) for variant in samples["variant"].tolist()], dtype=np.int64)
+
+    number = (process << _ROUND_BITS) + within
+    order = np.lexsort((number, cell))
+    cell, number, place, ms, kind = (part[order] for part in (cell, number, place, ms, kind))
+    first = _firsts(cell, number)
+    of_round, numbers, in_round = cell[first], number[first], np.cumsum(first) - 1
+
+    times = np.full((len(of_round), len(_KINDS)), np.nan)
+    timed = ms > 0
+    slots, medians = _medians(in_round[timed] * len(_KINDS) + kind[timed], ms[timed])
+    times.ravel()[slots] = medians
     stride = {(row["run_id"], row["cell_id"]): row["d"] or np.nan for row in rows}
-    of_round = ms.index.get_level_values("cell").to_numpy()
-    total = _step_ms(ms, of_round, np.array([stride.get(key, np.nan) for key in keys])[of_round])
+    total = _step_ms(times, of_round, np.array([stride.get(key, np.nan) for key in keys])[of_round])
 
-    known = ~np.isnan(total) & ~np.isnan(place)
-    numbers = (
-        ms.index.get_level_values("process").to_numpy(dtype=np.int64) << _ROUND_BITS
-    ) + ms.index.get_level_values("round").to_numpy(dtype=np.int64)
+    # The sort is stable, so the first place a sample names is the first one it was measured at.
+    placed = ~np.isnan(place)
+    named = np.unique(in_round[placed], return_index=True)
+    positions = np.full(len(of_round), np.nan)
+    positions[named[0]] = place[placed][named[1]]
+
+    known = ~np.isnan(total) & ~np.isnan(positions)
+    rounds = Rounds(numbers[known], total[known], positions[known])
     ends = np.searchsorted(of_round[known], np.arange(len(keys) + 1))
-    parts = (numbers[known], total[known], place[known])
     return {
-        key: Rounds(*(part[start:end] for part in parts))
-        for key, start, end in zip(keys, ends[:-1], ends[1:], strict=True)
+        key: rounds.only(slice(start, end)) for key, start, end in zip(keys, ends[:-1], ends[1:], strict=True)
     }
 
 
+def _firsts(*keys: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Where a new combination begins, of keys that are sorted together."""
+    first = np.ones(len(keys[0]), dtype=bool)
+    first[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return first
+
+
+def _medians(
+    groups: npt.NDArray[np.int64], values: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any]]:
+    """The groups, ascending, and the median of each."""
+    order = np.lexsort((values, groups))
+    groups, values = groups[order], values[order]
+    starts = np.flatnonzero(_firsts(groups))
+    ends = np.append(starts, len(groups))[1:]
+    return groups[starts], (values[(starts + ends - 1) // 2] + values[(starts + ends) // 2]) / 2
+
+
 def _step_ms(
-    ms: pd.DataFrame, cell: npt.NDArray[np.int64], stride: npt.NDArray[np.float64]
+    times: npt.NDArray[np.float64], cell: npt.NDArray[np.int64], stride: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Mean time of a step in each round: where told apart, one in `stride` emits a compressed token."""
-    single, emit, plain = (
-        ms[kind].to_numpy() if kind in ms else np.full(len(ms), np.nan) for kind in (0, 1, 2)
-    )
+    """Mean time of a step in each round: where told apart, one in `stride` emits a compressed token.
+
+    `times` has a column for each kind of step, `cell` says whose round it is.
+    """
+    single, emit, plain = times.T
     emits = np.zeros(cell.max(initial=0) + 1, dtype=bool)
     emits[cell[~np.isnan(emit)]] = True
     mixed = emit / stride + np.where(stride == 1, 0, plain * (1 - 1 / stride))

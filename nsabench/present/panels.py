@@ -1,11 +1,12 @@
 """Which cells stand together in one figure, what that figure's title says, and what it leaves out."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
+import numpy as np
 
-from nsabench.present.frame import PLANNED, PresentError, cell_rows, is_dense, planned_routes
+from nsabench.present.frame import PLANNED, Compared, PresentError, is_dense, planned_routes
 from nsabench.present.naming import (
     WITHIN,
     Member,
@@ -17,9 +18,12 @@ from nsabench.present.naming import (
     subtitle_of,
     title_of,
 )
-from nsabench.present.pairing import Compared, compare
+from nsabench.present.pairing import compare
 from nsabench.present.wording import arm_text, count_text
 from nsabench.store import Run, RunCells
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_PANELS = 8
 """Shapes drawn unless more are asked for."""
@@ -32,7 +36,7 @@ MOST_LINES = 12
 
 _SPLIT = [f for f in PLANNED if f not in WITHIN]
 
-Keep = Callable[[pd.DataFrame], "pd.Series[bool]"]
+Keep = Callable[["pd.DataFrame"], "pd.Series[bool]"]
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,21 @@ class Panel:
         return sorted({c.row["S"] for s in self.series for c in s.cells})
 
 
+class _Place(NamedTuple):
+    """Where a cell to draw is found, and what decides on whether it is shown."""
+
+    run: int
+    row: int
+    machine: str
+    size: int
+    status: str
+
+
 @dataclass(frozen=True)
 class _Group:
     """The places of one figure's cells, and how many older runs had some too."""
 
-    places: pd.DataFrame
+    places: Sequence[_Place]
     older_runs: int
 
 
@@ -88,10 +102,12 @@ def make_panels(
         raise PresentError("there is no run to plot")
     # A merged run is taken apart, and only here is all of it needed: of others, what is drawn is read later.
     runs = [part for run in runs for part in (run.whole().parts() if "sources" in run.info else [run])]
-    frame = _places(runs, keep)
-    groups = _groups(frame, runs)
+    places = _places(runs, keep)
+    groups = _groups(places.values(), runs)
     if not groups:
-        raise PresentError(_nothing_to_plot(runs, frame))
+        raise PresentError(
+            _nothing_to_plot(runs, [place.status for same in places.values() for place in same])
+        )
     shown = _widest(groups, most)
     left_out = []
     if len(shown) < len(groups):
@@ -107,53 +123,58 @@ def make_panels(
     return panels, left_out + [f"{panel.name}: {panel.left_out}" for panel in panels if panel.left_out]
 
 
-def _places(runs: Sequence[RunCells], keep: Keep | None) -> pd.DataFrame:
-    """Of every cell to draw: its run and row, its machine, and what decides on its figure."""
-    frames = []
+def _places(runs: Sequence[RunCells], keep: Keep | None) -> dict[tuple[Any, ...], list[_Place]]:
+    """Every cell to draw, by what decides on its figure, in the order of appearance."""
+    found: dict[tuple[Any, ...], list[_Place]] = {}
     for number, run in enumerate(runs):
-        cells = run.cells.reset_index(drop=True)
-        chosen = cells[keep(cells)] if keep else cells
-        frames.append(chosen[[*_SPLIT, "S", "status"]].assign(run=number, row=chosen.index))
-    frame = pd.concat(frames, ignore_index=True)
-    # A twin shows how much two measurements of one cell differ; as a line it would hide the first.
-    frame = frame[~(frame["twin"] > 0)].reset_index(drop=True)
-    measured_on = list(zip(frame["run"], frame["device"].astype(str), strict=True))
-    machines = {key: machine_of(runs[key[0]].info, key[1]) for key in dict.fromkeys(measured_on)}
-    return frame.assign(machine=[machines[key] for key in measured_on])
+        sizes, states = run.column("S"), run.column("status")
+        devices = [str(device) for device in run.column("device")]
+        machines = {device: machine_of(run.info, device) for device in dict.fromkeys(devices)}
+        # A twin shows how much two measurements of one cell differ; as a line it would hide the first.
+        twins = [(twin or 0) > 0 for twin in run.column("twin")]
+        shapes = list(zip(*map(run.column, _SPLIT), strict=True))
+        for row in range(len(sizes)) if keep is None else np.flatnonzero(keep(run.cells)).tolist():
+            if not twins[row]:
+                machine = machines[devices[row]]
+                place = _Place(number, row, machine, sizes[row], states[row])
+                found.setdefault((*shapes[row], machine), []).append(place)
+    return found
 
 
-def _groups(frame: pd.DataFrame, runs: Sequence[RunCells]) -> list[_Group]:
+def _groups(places: Iterable[Sequence[_Place]], runs: Sequence[RunCells]) -> list[_Group]:
     """The cells of each figure that has an ok one, from the latest runs, in the order of appearance."""
     created = [(created_at(run), number) for number, run in enumerate(runs)]
     found = []
-    for _, places in frame.groupby([*_SPLIT, "machine"], sort=False, dropna=False):
-        good = set(places.loc[places["status"] == "ok", "run"])
+    for same in places:
+        good = {place.run for place in same if place.status == "ok"}
         if good:
-            latest = sorted(set(places["run"]), key=lambda run: (run in good, created[run]))
-            kept = places[places["run"].isin(latest[-MOST_RUNS:])]
-            found.append(_Group(kept, max(0, len(latest) - MOST_RUNS)))
+            latest = sorted({place.run for place in same}, key=lambda run: (run in good, created[run]))
+            kept = set(latest[-MOST_RUNS:])
+            found.append(_Group([place for place in same if place.run in kept], len(latest) - len(kept)))
     return found
 
 
 def _widest(groups: Sequence[_Group], most: int) -> list[_Group]:
     """The `most` groups with the most sizes, in their order."""
-    by_sizes = sorted(range(len(groups)), key=lambda i: -groups[i].places["S"].nunique())
+    by_sizes = sorted(range(len(groups)), key=lambda i: -len({place.size for place in groups[i].places}))
     return [groups[i] for i in sorted(by_sizes[:most])]
 
 
 def _material(runs: Sequence[RunCells], groups: Sequence[_Group]) -> dict[int, tuple[Run, list[Compared]]]:
     """The runs that are drawn, by their number, with all their cells."""
-    numbers = dict.fromkeys(number for group in groups for number in group.places["run"])
+    numbers = dict.fromkeys(place.run for group in groups for place in group.places)
     whole = {number: runs[number].whole() for number in numbers}
     return {
-        number: (run, compare(cell_rows(run.cells), run.samples, planned_routes(run.info)))
+        number: (run, compare(run.rows, run.samples, planned_routes(run.info)))
         for number, run in whole.items()
     }
 
 
 def _members(material: Mapping[int, tuple[Run, list[Compared]]], group: _Group) -> list[Member]:
-    places = zip(group.places["run"], group.places["row"], group.places["machine"], strict=True)
-    return [Member(material[run][0], machine, material[run][1][row]) for run, row, machine in places]
+    return [
+        Member(material[place.run][0], place.machine, material[place.run][1][place.row])
+        for place in group.places
+    ]
 
 
 def _by_regime(group: Sequence[Member]) -> list[list[Member]]:
@@ -162,14 +183,14 @@ def _by_regime(group: Sequence[Member]) -> list[list[Member]]:
     return [[m for m in group if not m.ok or regime_of(m.row) == regime] for regime in regimes]
 
 
-def _nothing_to_plot(runs: Sequence[RunCells], frame: pd.DataFrame) -> str:
+def _nothing_to_plot(runs: Sequence[RunCells], states: Sequence[str]) -> str:
     names = [run.run_id for run in runs]
     who = ", ".join(names) if len(names) <= 4 else f"{len(names)} runs"
     if all(run.cells.empty for run in runs):
         return f"{who}: no cell is finished, so there is nothing to plot"
-    if frame.empty:
+    if not states:
         return f"{who}: no cell is as asked for, so there is nothing to plot"
-    counts = count_text({"status": str(status)} for status in frame["status"])
+    counts = count_text({"status": status} for status in states)
     return f"{who}: no cell is ok ({counts}), so there is nothing to plot"
 
 

@@ -1,44 +1,23 @@
 """Figures of stored runs: made from their files alone, without a display, the same bytes every time."""
 
-import multiprocessing
-import signal
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from nsabench.present.figures import dense_figure, memory_figure, shares_figure, speed_figure, time_figure
 from nsabench.present.forest import forest_figure
 from nsabench.present.frame import PresentError
 from nsabench.present.panels import MOST_PANELS, Keep, Panel, make_panels
 from nsabench.present.roofline import Source, roofline_figure, sources_of
-from nsabench.present.style import RouteStyle, figure_style, lay_out, route_styles
+from nsabench.present.sharing import FIGURES, FORMATS, draw, save, second_process
+from nsabench.present.style import RouteStyle, figure_style, route_styles
 from nsabench.present.telemetry import telemetry_figure
 from nsabench.present.verdicts import Comparison, findings_of
-from nsabench.store import DiskError, Run, RunCells
-from nsabench.store.files import disk_error
+from nsabench.store import Run, RunCells
 
-_FIGURES: dict[str, Callable[[Panel, Mapping[str, RouteStyle]], Figure | None]] = {
-    "time": time_figure,
-    "shares": shares_figure,
-    "memory": memory_figure,
-    "speed": speed_figure,
-    "dense": dense_figure,
-}
-_WRITERS: dict[str, Callable[[Figure, Path], None]] = {
-    "png": lambda figure, path: FigureCanvasAgg(figure).print_png(
-        path, metadata={"Software": "nsabench"}, pil_kwargs={"compress_level": 2}
-    ),
-    "svg": lambda figure, path: FigureCanvasSVG(figure).print_svg(
-        path, metadata={"Creator": "nsabench", "Date": None}
-    ),
-}
-
+__all__ = ["plot_comparison", "plot_run", "save_figures", "second_process", "set_name"]
 
 _LONGEST_NAME = 120
 
@@ -68,16 +47,14 @@ def plot_run(
     PresentError, with nothing drawn, for a format other than png and svg, for no run, and when no cell is ok;
     also when a file cannot be written; DiskError where the disk is full.
     """
-    unknown = [f for f in formats if f not in _WRITERS]
-    if unknown or not formats:
-        raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(_WRITERS)}")
+    _check_formats(formats)
     runs = [run] if isinstance(run, RunCells) else list(run)
     if len(runs) == 1:
         runs = [runs[0].whole()]
     panels, left_out = make_panels(runs, keep, most)
     styles = route_styles(series.arm for panel in panels for series in panel.series)
-    tasks = [(panel, what, styles, Path(out), tuple(formats)) for panel in panels for what in _FIGURES]
-    written = _drawn(tasks, helper)
+    tasks = [(panel, what, styles, Path(out), tuple(formats)) for panel in panels for what in FIGURES]
+    written = draw(tasks, helper)
     written += _plot_rooflines(panels, styles, sources_of(runs), Path(out), formats)
     for text in left_out:
         note(text)
@@ -88,6 +65,12 @@ def plot_run(
     if len(runs) == 1 and "sources" not in runs[0].info:
         written += _plot_telemetry(runs[0].whole(), Path(out), formats, keep)
     return written
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    unknown = [f for f in formats if f not in FORMATS]
+    if unknown or not formats:
+        raise PresentError(f"format is {unknown[0] if unknown else ''!r}; allowed: {', '.join(FORMATS)}")
 
 
 def _plot_rooflines(
@@ -102,8 +85,7 @@ def _plot_rooflines(
         for panel in panels:
             figure = roofline_figure(panel, styles, sources)
             if figure is not None:
-                lay_out(figure)
-                written += [_save(figure, out / f"{panel.name}-roofline.{f}") for f in formats]
+                written += save(figure, [out / f"{panel.name}-roofline.{f}" for f in formats])
     return written
 
 
@@ -112,50 +94,7 @@ def _plot_telemetry(run: Run, out: Path, formats: Sequence[str], keep: Keep | No
         figure = telemetry_figure(run, keep)
         if figure is None:
             return []
-        lay_out(figure)
-        return [_save(figure, out / f"telemetry.{f}") for f in formats]
-
-
-Task = tuple[Panel, str, Mapping[str, RouteStyle], Path, tuple[str, ...]]
-
-
-@contextmanager
-def second_process() -> Iterator[ProcessPoolExecutor]:
-    """A process to share the drawing with. It gets ready at once: begin it before the runs are loaded.
-
-    The program's main module must bear to be imported once more (`if __name__ == "__main__"`).
-    """
-    helper = ProcessPoolExecutor(
-        1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,  # Ctrl-C is this process's to answer
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    try:
-        helper.submit(figure_style)
-        yield helper
-    finally:
-        helper.shutdown(cancel_futures=True)
-
-
-def _drawn(tasks: Sequence[Task], helper: ProcessPoolExecutor | None) -> list[Path]:
-    """The files of all tasks, in order. A helper takes tasks from the end until it meets this process."""
-    given = {} if helper is None else {i: helper.submit(_draw, tasks[i]) for i in reversed(range(len(tasks)))}
-    written: list[Path] = []
-    for number, task in enumerate(tasks):
-        taken = given.get(number)
-        written += _draw(task) if taken is None or taken.cancel() else taken.result()
-    return written
-
-
-def _draw(task: Task) -> list[Path]:
-    panel, what, styles, out, formats = task
-    with figure_style():
-        figure = _FIGURES[what](panel, styles)
-        if figure is None:
-            return []
-        lay_out(figure)
-        return [_save(figure, out / f"{panel.name}-{what}.{f}") for f in formats]
+        return save(figure, [out / f"telemetry.{f}" for f in formats])
 
 
 def plot_comparison(comparison: Comparison, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -168,10 +107,23 @@ def plot_comparison(comparison: Comparison, out: Path, formats: Sequence[str] = 
         figure = forest_figure(comparison)
         if figure is None:
             return []
-        lay_out(figure)
         alone = out.name == set_name([run.run_id for run in comparison.runs])
         name = "compare" if alone else f"compare-{comparison.runs[0].run_id}"
-        return [_save(figure, Path(out) / f"{name}.{f}") for f in formats]
+        return save(figure, [Path(out) / f"{name}.{f}" for f in formats])
+
+
+def save_figures(figures: Mapping[str, Figure], out: Path, formats: Sequence[str]) -> list[Path]:
+    """Write figures, each by the beginning of its files' names, into the folder `out`; the files written.
+
+    PresentError for a format other than png and svg, and for a file that cannot be written; DiskError where
+    the disk is full.
+    """
+    _check_formats(formats)
+    return [
+        path
+        for name, figure in figures.items()
+        for path in save(figure, [Path(out) / f"{name}.{f}" for f in formats])
+    ]
 
 
 def set_name(run_ids: Sequence[str]) -> str:
@@ -180,14 +132,3 @@ def set_name(run_ids: Sequence[str]) -> str:
     if len(joined) <= _LONGEST_NAME:
         return joined
     return f"{run_ids[0]}+{len(run_ids) - 1}-{zlib.crc32(joined.encode()):08x}"
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not savefig: it draws every figure twice.
-        _WRITERS[path.suffix[1:]](figure, path)
-    except OSError as error:
-        failed = disk_error(f"write {path}", error)
-        raise failed if isinstance(failed, DiskError) else PresentError(str(failed)) from error
-    return path

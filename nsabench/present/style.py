@@ -24,6 +24,7 @@ _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.labelsize": 10,
+    "axes.titley": 1.0,  # where it goes anyway, without a search for what it might meet
     "xtick.labelsize": 9.5,
     "ytick.labelsize": 9.5,
     "legend.fontsize": 9.5,

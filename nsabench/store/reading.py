@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from nsabench.store.files import StoreError, disk_error
 from nsabench.store.journal import RUN_FILE, read_info, read_journal, refuse_other_kind
-from nsabench.store.schema import CELL_COLUMNS, TABLES, Column, clean_value, columns_of, upgraded
+from nsabench.store.schema import (
+    CELL_COLUMNS,
+    TABLES,
+    Column,
+    clean_value,
+    clean_values,
+    columns_of,
+    rows_of,
+    upgraded,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_CELL_COLUMNS = {c.name: c for c in CELL_COLUMNS}
 _CONVERT: dict[str, Callable[[str], int | float]] = {"int": int, "float": float}
 
 
@@ -38,7 +48,12 @@ class RunCells:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The cells as plain dicts; missing text is empty, a missing number None."""
-        return frame_rows(self.cells)
+        return rows_of({name: self.column(name) for name in _CELL_COLUMNS})
+
+    def column(self, name: str) -> Sequence[Any]:
+        """A column of the cells as plain values, as `rows` has them."""
+        held = vars(self)["cells"]
+        return held[name] if isinstance(held, dict) else _plain(_CELL_COLUMNS[name], held)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
@@ -76,16 +91,36 @@ class Run(RunCells):
         return dataclasses.replace(self, info={**source, "plan": self.info["plan"]}, **frames)
 
 
+class _Frame:
+    """A frame of a run. Of columns it is made when it is first asked for: of most of many runs few are."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._columns = name, TABLES[f"{name}.csv"]
+
+    def __set__(self, run: object, value: "pd.DataFrame | dict[str, list[Any]]") -> None:
+        vars(run)[self._name] = value
+
+    def __get__(self, run: object, owner: type) -> "pd.DataFrame":
+        found: pd.DataFrame | dict[str, list[Any]] = vars(run)[self._name]
+        if isinstance(found, dict):
+            found = vars(run)[self._name] = _frame(self._columns, found)
+        return found
+
+
+for _owner, _name in ((RunCells, "cells"), (Run, "samples"), (Run, "telemetry"), (Run, "kernels")):
+    setattr(_owner, _name, _Frame(_name))
+
+
 def frame_rows(frame: "pd.DataFrame", columns: Sequence[Column] = CELL_COLUMNS) -> list[dict[str, Any]]:
     """The rows of a frame as plain dicts with every one of the columns and no other."""
-    names = [c.name for c in columns]
-    missing = {c.name: [clean_value(c, None)] * len(frame) for c in columns if c.name not in frame}
-    values = [missing.get(c.name) or _plain(c, frame[c.name]) for c in columns]
-    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    return rows_of({c.name: _plain(c, frame) for c in columns})
 
 
-def _plain(column: Column, series: "pd.Series[Any]") -> list[Any]:
+def _plain(column: Column, frame: "pd.DataFrame") -> list[Any]:
     """The values as `clean_row` has them; whole columns at once where their type allows."""
+    if column.name not in frame:
+        return [clean_value(column, None)] * len(frame)
+    series = frame[column.name]
     values = series.tolist()
     if column.kind == "int" and series.dtype == "int64":
         return values
@@ -112,8 +147,8 @@ def find_runs(path: Path | str) -> list[Path]:
 
 def load_cells(path: Path | str) -> RunCells:
     """The run stored in the folder `path` without its samples, telemetry and kernels; as `load_run`."""
-    info, cells, _ = _load(Path(path))
-    return RunCells(info=info, cells=cells, path=Path(path))
+    info, columns, _ = _load(Path(path))
+    return RunCells(info=info, path=Path(path), **columns)
 
 
 def load_run(path: Path | str) -> Run:
@@ -124,16 +159,17 @@ def load_run(path: Path | str) -> Run:
     folder that is no run, or one of a newer schema.
     """
     path = Path(path)
-    info, cells, sizes = _load(path)
-    samples, telemetry, kernels = (
-        _read_csv(path / file, info["schema_version"], sizes[file] if sizes else None)
-        for file in ("samples.csv", "telemetry.csv", "kernels.csv")
-    )
-    return Run(info=info, cells=cells, path=path, samples=samples, telemetry=telemetry, kernels=kernels)
+    info, columns, sizes = _load(path)
+    for name in ("samples", "telemetry", "kernels"):
+        file = f"{name}.csv"
+        columns[name] = _read_csv(path / file, info["schema_version"], sizes.get(file))
+    return Run(info=info, path=path, **columns)
 
 
-def _load(path: Path) -> tuple[dict[str, Any], "pd.DataFrame", dict[str, int] | None]:
-    """run.json, the cells, and the size in bytes up to which each CSV file counts, where a journal says."""
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """run.json, the columns of the cells under that name, and the size in bytes up to which a CSV file
+    counts, where a journal says so.
+    """
     info = read_info(path)
     refuse_other_kind(path, info)
     version = info["schema_version"]
@@ -141,36 +177,33 @@ def _load(path: Path) -> tuple[dict[str, Any], "pd.DataFrame", dict[str, int] | 
     try:
         journal = read_journal(path, version)
     except FileNotFoundError:
-        return info, _read_csv(path / "cells.csv", version, None), None
-    names = [c.name for c in CELL_COLUMNS]
-    values = list(zip(*(row.values() for row in journal.rows.values()), strict=True))
-    return info, _frame(CELL_COLUMNS, dict(zip(names, values, strict=False))), journal.sizes
+        return info, {"cells": _read_csv(path / "cells.csv", version, None)}, {}
+    return info, {"cells": journal.columns}, journal.sizes
 
 
 def _frame(columns: Iterable[Column], values: Mapping[str, Sequence[Any]]) -> "pd.DataFrame":
-    """Typed columns, None for what is missing; a column without values is missing in every row."""
+    """Typed columns of clean values."""
     import numpy as np
     import pandas as pd
 
-    length = max(map(len, values.values()), default=0)
     typed: dict[str, Any] = {}
     for column in columns:
-        found = values.get(column.name) or [None] * length
+        found = values[column.name]
         if column.kind == "str":
-            typed[column.name] = pd.Series([v or "" for v in found], dtype=str)
+            typed[column.name] = pd.Series(found, dtype=str)
         else:
             whole = column.kind == "int" and None not in found
             typed[column.name] = np.array(found, dtype="int64" if whole else "float64")
     return pd.DataFrame(typed)
 
 
-def _read_csv(path: Path, version: int, size: int | None) -> "pd.DataFrame":
-    """The whole lines in the first `size` bytes. Python reads the numbers, to the last digit."""
+def _read_csv(path: Path, version: int, size: int | None) -> dict[str, list[Any]]:
+    """The columns of the whole lines in the first `size` bytes; Python reads numbers to the last digit."""
     columns = columns_of(path.name, version)
     try:
         data = path.read_bytes()[:size]
     except FileNotFoundError:
-        return _frame(TABLES[path.name], {})
+        data = b""
     except OSError as error:
         raise disk_error(f"read {path}", error) from error
     try:
@@ -178,13 +211,14 @@ def _read_csv(path: Path, version: int, size: int | None) -> "pd.DataFrame":
         if start and start != ",".join(c.name for c in columns):
             raise ValueError("row 1: it does not have the columns of its schema")
         texts = _texts(text, len(columns))
-        values = {column.name: _parsed(column, part) for column, part in zip(columns, texts, strict=True)}
+        values = {c.name: clean_values(c, _parsed(c, part)) for c, part in zip(columns, texts, strict=True)}
     except (ValueError, csv.Error) as error:
         raise StoreError(f"{path.parent} is damaged: {path.name}, {error}") from error
-    if path.name == "cells.csv" and (later := upgraded({}, version)):
-        length = len(values["run_id"])
-        values |= {name: [value] * length for name, value in later.items()}
-    return _frame(TABLES[path.name], values)
+    later = upgraded({}, version) if path.name == "cells.csv" else {}
+    length = len(values["run_id"])
+    return {
+        c.name: values.get(c.name) or [clean_value(c, later.get(c.name))] * length for c in TABLES[path.name]
+    }
 
 
 def _texts(text: str, n: int) -> list[Sequence[str]]:
@@ -205,9 +239,9 @@ def _texts(text: str, n: int) -> list[Sequence[str]]:
     return [flat[place::n] for place in range(n)]
 
 
-def _parsed(column: Column, texts: Sequence[str]) -> Sequence[Any]:
+def _parsed(column: Column, texts: Sequence[str]) -> list[Any]:
     if column.kind == "str":
-        return texts
+        return list(texts)
     convert = _CONVERT[column.kind]
     try:
         return [convert(text) if text else None for text in texts]

@@ -5,8 +5,9 @@ DataFrame); it is never 0.
 """
 
 import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -277,6 +278,45 @@ def clean_row(row: Mapping[str, Any], columns: Iterable[Column]) -> dict[str, An
     except KeyError:
         raise SchemaError(_unknown(set(row) - set(known), list(known))) from None
     return clean
+
+
+def clean_columns(rows: Sequence[Mapping[str, Any]], columns: Iterable[Column]) -> dict[str, list[Any]]:
+    """The values of `clean_row` of every row, by column; much sooner where there are thousands of rows.
+
+    SchemaError as `clean_row`.
+    """
+    known, missing = _layout(tuple(columns))
+    held = {name for names in set(map(tuple, rows)) for name in names}
+    if not held <= known.keys():
+        raise SchemaError(_unknown(held - known.keys(), list(known)))
+    return {
+        name: clean_values(column, [row.get(name) for row in rows])
+        if name in held
+        else [missing[name]] * len(rows)
+        for name, column in known.items()
+    }
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The rows that equally long columns make, as plain dicts."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def clean_values(column: Column, values: list[Any]) -> list[Any]:
+    """`clean_value` of all values of a column."""
+    if _is_clean(column, values):
+        return values
+    return [clean_value(column, value) for value in values]
+
+
+def _is_clean(column: Column, values: Sequence[Any]) -> bool:
+    """Whether all values are of the column's kind, none missing, and fit: so are those of nearly all."""
+    kinds = set(map(type, values))
+    if column.kind == "str":
+        return kinds == {str} and "".join(values).isprintable()
+    if column.kind == "int":
+        return kinds == {int} and -(2**63) <= min(values) <= max(values) < 2**63
+    return kinds == {float} and not math.isnan(sum(values))
 
 
 @cache

@@ -302,6 +302,14 @@ def test_a_criterion_that_nothing_measures_is_named(S: int, against: str, met: b
     assert lines == ([] if met else [f"criteria.speedup[1]: {what}"])
 
 
+def test_a_time_that_nothing_measures_is_named() -> None:
+    text = "[[sweep]]\nphase = 'decode'\nS = 1024\n[[criteria.max_ms]]\nS = {}\nphase = 'decode'\nms = 2"
+    met, unmet = (suite_of(text.format(size)) for size in (1024, 2048))
+    assert unmeasured(met, cells_of(met, defaults)) == []
+    what = "criteria.max_ms[1]: no sweep measures auto, decode fwd of the module at S=2048"
+    assert unmeasured(unmet, cells_of(unmet, defaults)) == [what]
+
+
 def test_tags() -> None:
     assert tags_of(["a", "b:c", "a"], "--tag") == ("a", "b:c")
     assert tags_of([], "--tag") == ()

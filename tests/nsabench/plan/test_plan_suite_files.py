@@ -124,6 +124,14 @@ speedups = st.fixed_dictionaries(
         "ratio": st.floats(1e-3, 1e5),
     }
 )
+times = st.fixed_dictionaries(
+    {"S": st.integers(1, 2**40), "phase": st.just("prefill"), "ms": st.floats(1e-3, 1e5)},
+    optional={"passes": st.just("bwd"), "route": texts},
+)
+trainings = st.fixed_dictionaries(
+    {},
+    optional={"precision": st.sampled_from(["fp32", "bf16", "fp16"]), "needle": st.floats(0.1, 1)},
+)
 suites = st.fixed_dictionaries(
     {"about": texts, "sweep": st.lists(sweeps, min_size=1, max_size=3)},
     optional={
@@ -132,7 +140,14 @@ suites = st.fixed_dictionaries(
         "shape": st.fixed_dictionaries({}, optional={"dk": sizes, "dtype": st.just(["fp32", "bf16"])}),
         "criteria": st.fixed_dictionaries(
             {},
-            optional={"require_ok": st.booleans(), "speedup": st.lists(speedups, min_size=1, max_size=2)},
+            optional={
+                "require_ok": st.booleans(),
+                "max_rel_interval": st.floats(1e-3, 1),
+                "verify": st.just("pass"),
+                "speedup": st.lists(speedups, min_size=1, max_size=2),
+                "max_ms": st.lists(times, min_size=1, max_size=2),
+                "training": st.lists(trainings, min_size=1, max_size=2),
+            },
         ),
     },
 )

@@ -62,6 +62,9 @@ def test_a_run_in_one_line(runs: list[Run]) -> None:
     assert first.to_dict() == {
         "run_id": "first",
         "path": str(runs[0].path),
+        "kind": "cells",
+        "status": "ok",
+        "outcome": "6 ok",
         "created": "2025-01-02T03:04:05Z",
         "name": "decode",
         "tags": ["cpu", "night"],

@@ -138,6 +138,19 @@ def test_several_samples_of_a_round_count_once(make_run: MakeRun) -> None:
     assert speed.n == 15
 
 
+def test_a_sample_without_its_round_is_left_out_and_one_without_its_place_is_not(make_run: MakeRun) -> None:
+    run = make_run(S=(1024,), routes=("sdpa", "gather"), phase="prefill")
+    whole = compare(run.rows, run.samples)[1].speed
+    first = run.samples["round"] == 0
+    half = run.samples[first].assign(position=np.nan)
+    twice = compare(run.rows, pd.concat([half, run.samples], ignore_index=True))[1].speed
+    assert twice == whole
+    lost = compare(run.rows, run.samples.assign(round=run.samples["round"].where(~first)))[1].speed
+    assert whole is not None
+    assert lost is not None
+    assert lost.n == whole.n - 1
+
+
 def test_rounds_of_different_processes_are_different_pairs(make_run: MakeRun) -> None:
     run = make_run(S=(1024,), phase="prefill")
     both = pd.concat([run.samples, run.samples.assign(process=1)])

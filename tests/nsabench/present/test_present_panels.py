@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,12 @@ def test_two_processes_draw_what_one_does(make_run: MakeRun, tmp_path: Path) -> 
     (tmp_path / "file").touch()
     with second_process() as helper, pytest.raises(PresentError, match="cannot write"):
         plot_run(runs, tmp_path / "file" / "plots", helper=helper)
+
+
+def test_a_process_that_helps_to_draw_imports_no_more_than_that_takes() -> None:
+    code = "import sys, nsabench.present.sharing; print({'pandas', 'scipy', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_only_what_is_kept_is_drawn_but_compared_with_all(make_run: MakeRun) -> None:

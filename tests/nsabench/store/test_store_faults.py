@@ -304,6 +304,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "cells.csv has 3 cells, journal.jsonl only 0",
     ),
     "garbage inside": (lambda p: edit(p, "journal.jsonl", lambda d: b"x" + d), "line 1 of journal.jsonl"),
+    "a line in two halves": (
+        lambda p: edit(p, "journal.jsonl", lambda d: d.replace(b'"cell",', b'"cell"\n', 1)),
+        "line 1 of journal.jsonl",
+    ),
+    "a line in two halves, two lines in one": (
+        lambda p: edit(
+            p, "journal.jsonl", lambda d: d.replace(b'"cell",', b'"cell"\n', 1).replace(b"}\n{", b"},{", 1)
+        ),
+        "line 1 of journal.jsonl",
+    ),
+    "two lines in one": (
+        lambda p: edit(p, "journal.jsonl", lambda d: d.replace(b"}\n{", b"},{", 1)),
+        "line 1 of journal.jsonl",
+    ),
+    "no record": (lambda p: edit(p, "journal.jsonl", lambda d: b"7\n" + d), "line 1 of journal.jsonl"),
+    "a cell that is no name": (
+        lambda p: edit(p, "journal.jsonl", lambda d: d.replace(b'"cell_id":"', b'"cell_id":["x"],"":"', 1)),
+        "line 1 of journal.jsonl repeats or mixes up",
+    ),
     "repeated cell": (lambda p: edit(p, "journal.jsonl", lambda d: d + d), "line 4 of journal.jsonl repeats"),
     "unknown column": (
         lambda p: edit(p, "journal.jsonl", lambda d: d.replace(b'"S":4', b'"Z":4')),

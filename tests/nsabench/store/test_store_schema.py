@@ -19,8 +19,10 @@ from nsabench.store.schema import (
     TABLES,
     Column,
     check_row,
+    clean_columns,
     clean_row,
     is_missing,
+    rows_of,
     without_performance,
 )
 
@@ -176,6 +178,36 @@ def test_missing_values_are_none_or_empty_never_zero(missing: object) -> None:
     columns = (Column("a", "int", "1", "a"), Column("b", "float", "1", "b"), Column("c", "str", "text", "c"))
     clean = clean_row({"a": missing, "b": missing, "c": missing}, columns)
     assert clean == {"a": None, "b": None, "c": ""}
+
+
+VALUES = {
+    "int": [3, None, 3.0, math.nan, 2**63 - 1, -(2**63), 0],
+    "float": [0.5, None, 7, math.nan, math.inf, -math.inf, 0.0],
+    "str": ["x", None, "", "two\nlines", "\xa0", "\ud800"],
+}
+
+
+def test_columns_are_cleaned_as_rows_are() -> None:
+    columns = tuple(Column(kind, kind, "1", kind) for kind in VALUES)  # type: ignore[arg-type]
+    for kind, values in VALUES.items():
+        for held in (values, [value for value in values if type(value) is type(values[0])], values[:1] * 3):
+            rows = [{kind: value} for value in held] + [{}]
+            assert rows_of(clean_columns(rows, columns)) == [clean_row(row, columns) for row in rows]
+            assert rows_of(clean_columns(rows[:-1], columns)) == [
+                clean_row(row, columns) for row in rows[:-1]
+            ]
+    assert clean_columns([], columns) == {"int": [], "float": [], "str": []}
+
+
+@pytest.mark.parametrize(
+    "row", [{"int": 2**63}, {"int": -(2**63) - 1}, {"int": True}, {"float": "1"}, {"str": 1}, {"flaot": 1.0}]
+)
+def test_columns_refuse_what_rows_refuse(row: dict[str, Any]) -> None:
+    columns = tuple(Column(kind, kind, "1", kind) for kind in VALUES)  # type: ignore[arg-type]
+    with pytest.raises(SchemaError) as alone:
+        clean_row(row, columns)
+    with pytest.raises(SchemaError, match=re.escape(str(alone.value))):
+        clean_columns([{"int": 1, "float": 1.0, "str": "x"}, row], columns)
 
 
 def test_zero_and_false_are_not_missing() -> None:

@@ -8,6 +8,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from nsabench.store import RunDir, StoreError, find_runs, load_cells, load_run
@@ -175,6 +176,24 @@ def test_cells_can_be_read_without_the_rest(create_run: Create, make_cell: Make)
     assert cells.sources == [whole.info]
     assert whole.parts() == [whole]
     assert whole.whole() is whole
+
+
+def test_columns_are_to_be_had_without_frames(
+    create_run: Create, make_cell: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create_run()
+    for i in range(2):
+        run.append(*make_cell(i))
+    run.append({"cell_id": "e" * 12, "S": 8, "status": "unsupported", "reason": "no GPU"}, [])
+    framed = load_run(run.path)
+    assert len(framed.cells) == 3
+    assert framed.cells is framed.cells
+    monkeypatch.setattr(pd, "DataFrame", None)
+    for stored in (load_run(run.path), load_cells(run.path)):
+        assert stored.rows == framed.rows == list(run.finished.values())
+        for column in CELL_COLUMNS:
+            assert list(stored.column(column.name)) == list(framed.column(column.name))
+    assert framed.column("ms_total")[2] is None
 
 
 def test_the_rest_of_a_run_is_read_when_it_is_wanted(create_run: Create, make_cell: Make) -> None:
