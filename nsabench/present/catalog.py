@@ -87,11 +87,9 @@ def summarise(run: RunCells | Scorecard | Training, keep: Keep | None = None) ->
     """The run, and those of its cells that `keep` names: a run of another kind has none."""
     if not isinstance(run, RunCells):
         return _other(run, keep is not None)
-    cells = run.cells[keep(run.cells)] if keep else run.cells
-    info = run.info
-    machines = dict.fromkeys(
-        machine_of(source, str(device)) for source in run.sources for device in run.cells["device"].unique()
-    )
+    statuses = run.cells[keep(run.cells)]["status"].tolist() if keep else run.column("status")
+    info, devices = run.info, dict.fromkeys(run.column("device"))
+    machines = dict.fromkeys(machine_of(source, str(device)) for source in run.sources for device in devices)
     return Summary(
         path=str(run.path),
         run_id=run.run_id,
@@ -103,15 +101,15 @@ def summarise(run: RunCells | Scorecard | Training, keep: Keep | None = None) ->
         commits=tuple(dict.fromkeys(commit_of(source) for source in run.sources)),
         planned=len(info.get("plan") or ()),
         narrowed=keep is not None,
-        counts={str(status): int(n) for status, n in cells["status"].value_counts().items()},
+        counts=dict(Counter(statuses).most_common()),
         sources=len(run.sources) if "sources" in info else 1,
         status=_status_of(run),
     )
 
 
 def _status_of(run: RunCells) -> str:
-    found = set(run.cells["status"])
-    if len(run.cells) < len(run.info.get("plan") or ()):
+    found = set(run.column("status"))
+    if len(run.column("status")) < len(run.info.get("plan") or ()):
         return "unfinished"
     return "failed" if found - {"ok", "unsupported"} else "ok"
 

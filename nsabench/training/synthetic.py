@@ -7,8 +7,8 @@ a key; the byte after it is the answer, which names the value. A sequence, from 
     haystack, with needles and the segment among decoys | decoys over the reach of all windows | questions
 
 A decoy is a needle with a key that nobody asks for in this sequence: no block is empty, and none can be told
-by how its bytes look. The needles of the segment stand side by side; their keys are its places, asked for in
-order. Before some questions stands their needle: those answers lie within the window.
+by how its bytes look. The needles of the segment stand side by side and are asked for in order. Before some
+questions stands their needle: those answers lie within the window.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from nsabench.plan import PlanError
 
-KEYS, VALUES = 16, 8
+KEYS, VALUES = 12, 8
 FIRST_QUESTION, FIRST_ANSWER, FIRST_NEEDLE = 0x40, 0x60, 0x80
 NEEDLE, COPY = 1, 2
 
@@ -88,9 +88,9 @@ def task_of(S: int, w: int, layers: int) -> Task:
 def retrieval(rng: np.random.Generator, count: int, task: Task) -> Sequences:
     """``count`` sequences."""
     total = task.S + 1
-    # The segment's keys are its places; of the others, those that are not asked for are the decoys'.
-    keys = task.copy + _shuffled(rng, count, KEYS - task.copy)
-    single, decoys = keys[:, : task.asked + task.near], keys[:, task.asked + task.near :]
+    keys = _shuffled(rng, count, KEYS)
+    ends = np.cumsum([task.asked + task.near, task.copy])
+    single, in_order, decoys = np.split(keys, ends, axis=1)
     chosen = rng.integers(0, decoys.shape[1], (count, total))
     tokens = _needle(np.take_along_axis(decoys, chosen, 1), rng.integers(0, VALUES, (count, total)))
     made = Sequences(tokens, np.zeros((count, task.S), np.int64), np.zeros((count, task.S), np.int64))
@@ -101,7 +101,6 @@ def retrieval(rng: np.random.Generator, count: int, task: Task) -> Sequences:
     near, questions, run = _tail(rng, count, task)
     _put(tokens, np.concatenate([far, near], 1), _needle(single, values))
     places = segment + np.arange(task.copy)
-    in_order = np.broadcast_to(np.arange(task.copy), places.shape)
     _put(tokens, places, _needle(in_order, letters))
     _ask(made, NEEDLE, questions, single, values, np.concatenate([far, near], 1))
     _ask(made, COPY, run, in_order, letters, places)

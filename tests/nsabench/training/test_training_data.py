@@ -119,7 +119,6 @@ def test_every_byte_says_what_it_is() -> None:
         assert decoys == (row >= FIRST_NEEDLE).sum() - len(asked) == task.haystack + task.reach - 8
         (run,) = np.nonzero(kind == COPY)
         assert (np.diff(run) == 2).all(), "the segment is asked for in order"
-        assert (row[run] == FIRST_QUESTION + np.arange(task.copy)).all()
         assert (np.diff(run - distance[run]) == 1).all(), "and stands side by side"
 
 
