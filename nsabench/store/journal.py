@@ -85,7 +85,8 @@ def said_kind(info: Mapping[str, Any]) -> str:
 def refuse_other_kind(path: Path, info: Mapping[str, Any]) -> None:
     """StoreError for a run that has no cells."""
     if "kind" in info:
-        raise StoreError(f"{path} is {said_kind(info)}, which has no cells; nsabench report shows it")
+        more = ", nsabench train --resume continues it" if info["kind"] == "train" else ""
+        raise StoreError(f"{path} is {said_kind(info)}, which has no cells; nsabench report shows it{more}")
 
 
 def read_journal(path: Path, version: int = SCHEMA_VERSION) -> Journal:

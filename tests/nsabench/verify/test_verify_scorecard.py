@@ -262,3 +262,9 @@ def test_a_gpu_by_the_same_code() -> None:
     rows = verified(device="cuda", subjects=("layer:auto", "win", "cmp"), rules=("values", "sliding_fa2"))
     assert [row["reason"] for row in rows if row["status"] == "fail"] == []
     assert any(row["status"] == "pass" for row in rows)
+
+
+def test_what_fp64_cannot_judge_is_not_judged() -> None:
+    rows = verified(subjects=("sel:gather:keys",), rules=("row_maxima", "very_negative"), dtypes=("fp64",))
+    assert {row["status"] for row in rows} == {"unsupported"}
+    assert all("nothing is exact enough to judge by" in row["reason"] for row in rows)
