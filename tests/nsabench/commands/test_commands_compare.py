@@ -409,6 +409,8 @@ def test_a_comparison_that_is_truly_measured(call_apart: Call, the_run: TheRun) 
     run = the_run()
     assert [row["status"] for row in run.rows] == ["ok"] * 4
     assert all(row["canary_spread_pct"] is not None and row["aa_lo"] is not None for row in run.rows)
-    stages = [row[f"ms_{stage}"] for row in run.rows[:1] for stage in ("proj", "sel", "other")]
-    assert all(stage is not None for stage in stages)
+    for row in (run.rows[0], run.rows[-1]):
+        measured = all(row[f"ms_{stage}"] is not None for stage in ("proj", "sel", "other"))
+        # Beside other work an instrumented step may take twice as long as a timed one: then the row says so.
+        assert measured or "the instrumented step took" in row["shares_note"]
     assert load_run(run.path).info["comparison"]["sides"] == ["auto", "dense", "auto,dtype=fp64"]
