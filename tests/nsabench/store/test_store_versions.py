@@ -13,6 +13,8 @@ import pytest
 
 from nsabench.store import RunDir, StoreError, find_runs, load_cells, load_run
 from nsabench.store.schema import CELL_COLUMNS, SCHEMA_VERSION, TABLES, columns_of
+from nsabench.store.scorecard import load_scorecard
+from nsabench.store.training import load_training
 
 Create = Callable[..., RunDir]
 Make = Callable[[int], Any]
@@ -93,6 +95,10 @@ def test_a_run_of_an_older_schema_is_not_continued(old: Path, version: int) -> N
 
 def test_runs_that_are_kept_in_the_repository_load() -> None:
     for path in find_runs(ROOT / "results"):
+        kind = json.loads((path / "run.json").read_text()).get("kind")
+        if kind is not None:
+            assert (load_scorecard if kind == "verify" else load_training)(path).info["kind"] == kind
+            continue
         run = load_run(path)
         assert len(run.cells)
         assert set(run.cells["scope"]) <= {"module", "core"}
