@@ -316,9 +316,9 @@ def refuse_unless_continuable(path: Path) -> None:
         )
 
 
-def take_lock(path: Path) -> filelock.BaseFileLock:
-    """The lock of the run at `path`, held; StoreError where another process writes it."""
-    lock = filelock.FileLock(path / _LOCK_FILE, timeout=0, thread_local=False)
+def take_lock(path: Path, wait_s: float = 0) -> filelock.BaseFileLock:
+    """The lock of the run at `path`, held; StoreError where another process still writes it after `wait_s`."""
+    lock = filelock.FileLock(path / _LOCK_FILE, timeout=wait_s, thread_local=False)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -81,11 +81,11 @@ class TableRun:
             raise
 
     @classmethod
-    def open(cls, path: Path | str, kind: str, tables: Tables) -> "TableRun":
+    def open(cls, path: Path | str, kind: str, tables: Tables, wait_s: float = 0) -> "TableRun":
         """The run at `path`, to be continued: takes its lock, and cuts off lines that were left half-written.
 
         StoreError, with nothing changed on disk, for a folder that is no run, or none of that kind, one of
-        another schema, and one that another process is writing.
+        another schema, and one that another process is still writing after `wait_s` seconds.
         """
         path = Path(path)
         info = read_info(path)
@@ -94,13 +94,16 @@ class TableRun:
         if info["schema_version"] != SCHEMA_VERSION:
             version = info["schema_version"]
             raise StoreError(f"{path} has schema {version}; this nsabench continues {SCHEMA_VERSION}")
-        lock = take_lock(path)
+        lock = take_lock(path, wait_s)
         try:
+            info = read_info(path)  # as the one before left it
             for file in tables:
                 data = (path / file).read_bytes()
                 truncate(path / file, data.rfind(b"\n") + 1)
-        except OSError as error:
+        except (StoreError, OSError) as error:
             lock.release()
+            if isinstance(error, StoreError):
+                raise
             raise disk_error(f"open run {path}", error) from error
         return cls(path, info, tables, lock)
 

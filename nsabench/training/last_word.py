@@ -20,6 +20,9 @@ from nsabench.store.training import KIND, TRAINING_TABLES
 HANG = "hang"
 FAREWELL = b"ended by itself\n"
 
+RELEASE_S = 30.0
+"""How long a process that ended may take to give its lock back: the kernel closes its pipes before that."""
+
 
 def heartbeat_file(rank: int) -> str:
     """Name of a rank's heartbeats in the folder of a run."""
@@ -60,7 +63,7 @@ def note_hang(folder: Path) -> None:
     """Note the hang of a process that is no more, where its stacks tell of one and nothing else was noted."""
     if not (folder / stacks_file(0)).stat().st_size:
         return
-    with TableRun.open(folder, KIND, TRAINING_TABLES) as run:
+    with TableRun.open(folder, KIND, TRAINING_TABLES, wait_s=RELEASE_S) as run:
         if run.info.get("status") == "running":
             where = (folder / now_file(0)).read_text(encoding="utf-8").strip() or "the start"
             reason = f"no sign of life since {where}; a call does not give the interpreter back"
@@ -69,5 +72,7 @@ def note_hang(folder: Path) -> None:
 
 if __name__ == "__main__":
     if sys.stdin.buffer.read() != FAREWELL:
-        with suppress(StoreError, OSError):
+        try:
             note_hang(Path(sys.argv[1]))
+        except (StoreError, OSError) as error:
+            sys.exit(f"cannot store that the training hung: {error}")

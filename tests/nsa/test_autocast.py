@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from nsa import KVCache, NativeSparseAttention, NSAConfig
+from nsa import KVCache, NativeSparseAttention, NSAConfig, nsa_attention
 from nsa.testing import check, error_budget
 
 CONFIG = NSAConfig(
@@ -49,6 +51,30 @@ def test_values_and_gradients_are_those_of_the_dtype(compress: str, shared_kv: b
         assert mine.grad.dtype == torch.float32
         budget = error_budget(right.grad, rounded.grad, magnitude=float(upstream.abs().max()))
         assert check(mine.grad, right.grad, budget).ok
+
+
+@pytest.mark.parametrize("routing", ["auto", "sdpa", "reference", "sel=gather:keys", "sel=gather:queries"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_bit_for_bit_what_it_is_without(routing: str, dtype: torch.dtype) -> None:
+    """Long enough for every part of a backend: rows before all blocks are selected, and rows after."""
+    config = replace(CONFIG, num_selected_blocks=6)
+    with torch.no_grad():
+        every = NativeSparseAttention(config, 32).attention_inputs(torch.randn(2, 200, 32))
+    given = {name: value for name, value in every.items() if isinstance(value, torch.Tensor)}
+    upstream = torch.randn(2, 200, 4, 8).to(dtype)
+
+    def attended(autocast: bool) -> list[torch.Tensor]:
+        leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in given.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = nsa_attention(**leaves, config=config, routing=routing)
+        out.backward(upstream)
+        return [out, *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
+
+    without, inside = attended(False), attended(True)
+    assert len(inside) == len(without) == 1 + len(given)
+    for mine, right in zip(inside, without, strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine, right)
 
 
 def test_steps_through_a_cache_are_the_prefill() -> None:

@@ -59,6 +59,7 @@ def test_a_line_cut_short_is_not_there(tmp_path: Path) -> None:
     assert [row["step"] for row in read_table(run.path, "training.csv", COLUMNS)] == [0, 1]
     with TableRun.open(run.path, "train", TABLES) as again:
         again.append("training.csv", {"step": 2, "loss": 3.0})
+        assert [row["step"] for row in read_table(run.path, "training.csv", COLUMNS)] == [0, 1, 2]
         again.keep("training.csv", 2)
         again.append("training.csv", {"step": 7, "loss": 3.0})
     assert [row["step"] for row in read_table(run.path, "training.csv", COLUMNS)] == [0, 1, 7]

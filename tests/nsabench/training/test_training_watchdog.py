@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nsabench.store.training import load_training, read_heartbeat
-from nsabench.training import watchdog
+from nsabench.training import last_word, watchdog
 from nsabench.training.heartbeat import KEPT, Heartbeat, Mark
 from nsabench.training.last_word import heartbeat_file, last_sign, note_hang, now_file, stacks_file
 from nsabench.training.loop import Trainer
@@ -270,6 +270,30 @@ def test_only_a_hang_gets_a_last_word(tmp_path: Path) -> None:
         (run.path / stacks_file(0)).write_text("Timeout (0:05:00)!\n")
     note_hang(run.path)
     assert load_training(run.path).info["status"] == "nan"
+
+
+def test_a_last_word_waits_for_the_lock_of_the_ended(tmp_path: Path) -> None:
+    """The kernel closes the pipes of an ended process before it gives the process's locks back."""
+    run = new_run(tmp_path)
+    (run.path / stacks_file(0)).write_text("Timeout (0:05:00)!\n")
+    Heartbeat(run.path, inside=False).stage("eval")
+    command = [sys.executable, "-m", last_word.__name__, str(run.path)]
+    beside = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        beside.wait(3)
+    run.note(loss=1.5)
+    run.close()
+    assert beside.communicate(timeout=60) == (None, b"")
+    info = load_training(run.path).info
+    assert (info["status"], info["loss"]) == ("hang", 1.5)
+
+
+def test_a_last_word_that_cannot_be_stored_is_told(tmp_path: Path) -> None:
+    (tmp_path / stacks_file(0)).write_text("Timeout (0:05:00)!\n")
+    command = [sys.executable, "-m", last_word.__name__, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"cannot store that the training hung: .* no run.*\n", ended.stderr), ended.stderr
 
 
 class Event:
