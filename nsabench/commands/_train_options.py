@@ -138,6 +138,12 @@ class ModelOptions:
     l_sel: Annotated[str | None, _text("--l-sel", help="Selection block size, tokens.", panel=o.SHAPE)] = None
     n_sel: Annotated[str | None, _text("--n-sel", help="Selected blocks per query.", panel=o.SHAPE)] = None
     w: Annotated[str | None, _text("--w", help="Sliding window, tokens.", panel=o.SHAPE)] = None
+    n_initial: Annotated[
+        str | None, _text("--n-initial", help="First blocks, selected by every query.", panel=o.SHAPE)
+    ] = None
+    n_local: Annotated[
+        str | None, _text("--n-local", help="Latest blocks, selected by every query.", panel=o.SHAPE)
+    ] = None
     gate: Annotated[
         str | None,
         _text("--gate", metavar="NAME", help="sigmoid, or softmax over the branches.", panel=o.SHAPE),
@@ -145,6 +151,19 @@ class ModelOptions:
     compress: Annotated[
         str | None,
         _text("--compress", metavar="NAME", help="phi: mean, conv or mlp.", panel=o.SHAPE),
+    ] = None
+    rope: Annotated[
+        str | None,
+        _text("--rope", metavar="BASE", help="Base of the rotary positions; 0: none.", panel=o.SHAPE),
+    ] = None
+    shared_kv: Annotated[
+        bool | None,
+        typer.Option(
+            "--shared-kv/--separate-kv",
+            help="One K and V for the three branches, or one each.",
+            show_default=_BY_DATA,
+            rich_help_panel=o.SHAPE,
+        ),
     ] = None
 
 
@@ -253,9 +272,10 @@ class WatchOptions:
 _WHOLE = {
     *("steps", "S", "batch", "accumulate", "warmup", "seed", "checkpoint_every", "keep", "evaluate_every"),
     *("log_every", "dim", "layers", "heads", "groups", "dk", "dv", "l", "d", "l_sel", "n_sel", "w"),
+    *("n_initial", "n_local"),
 }
-_MAY_BE_ZERO = {"warmup", "seed", "checkpoint_every", "evaluate_every"}
-_NUMBERS = {"lr", "weight_decay", "clip"}
+_MAY_BE_ZERO = {"warmup", "seed", "checkpoint_every", "evaluate_every", "n_initial", "n_local"}
+_NUMBERS = {"lr", "weight_decay", "clip", "rope"}
 _ELSEWHERE = {"resume", "replay", "save_selection", "out", "json", "tag", "no_stats", "routes", "mode"}
 
 
@@ -268,7 +288,7 @@ def settings_given(*options: Any) -> dict[str, Any]:
     for part in options:
         for one in fields(part):
             value = getattr(part, one.name)
-            if value is None or value is False or one.name in _ELSEWHERE:
+            if value is None or value is one.default or one.name in _ELSEWHERE:
                 continue
             given[one.name] = _read(one.name, value)
         if getattr(part, "no_stats", False):

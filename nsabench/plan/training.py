@@ -31,8 +31,10 @@ class ModelSettings:
         gate: ``sigmoid`` or ``softmax`` over the three branches.
         compress: ``mean``, ``conv`` or ``mlp``.
         rope: base of the rotary positions; 0 for none.
+        shared_kv: one K and V for the three branches of a layer, instead of one each.
         hidden: width of the feed-forward; 8/3 of ``dim``, rounded up to a multiple of 16, when 0.
         tied: the head shares the embedding's weights.
+        embedding_std: standard deviation that the weights of an embedding of its own start with.
 
     Raises:
         PlanError: one line naming the setting, the value given and what is allowed.
@@ -54,8 +56,10 @@ class ModelSettings:
     gate: str = "sigmoid"
     compress: str = "mean"
     rope: float = 10000.0
+    shared_kv: bool = False
     hidden: int = 0
     tied: bool = False
+    embedding_std: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("dim", "layers", "heads", "groups", "dk", "dv", "l", "d", "l_sel", "n_sel", "w"):
@@ -65,6 +69,13 @@ class ModelSettings:
         for name, allowed in (("gate", GATES), ("compress", COMPRESSIONS)):
             if getattr(self, name) not in allowed:
                 raise PlanError(f"{name}: {getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
+        if self.n_sel < self.n_initial + self.n_local:
+            raise PlanError(
+                f"n_sel: {self.n_sel} is too few for the {self.n_initial} first and {self.n_local} latest "
+                f"blocks that are always selected (n_initial, n_local)"
+            )
+        if not 0 < self.embedding_std < math.inf:
+            raise PlanError(f"embedding_std: {self.embedding_std!r} is not allowed; it must be above 0")
         if self.rope and not self.rope > 1:
             raise PlanError(f"rope: {self.rope!r} is not allowed; allowed: 0 for none, or a base above 1")
         if self.rope and self.dk % 2:
@@ -261,23 +272,36 @@ def rate_of(settings: Settings, step: int) -> float:
 
 
 SYNTHETIC: Mapping[str, Any] = {
-    "S": 96,
+    "S": 192,
     "batch": 32,
-    "steps": 800,
-    "lr": 8e-3,
+    "steps": 1000,
+    "lr": 3e-3,
     "warmup": 30,
+    "weight_decay": 1.0,
     "dim": 64,
     "layers": 1,
-    "heads": 2,
+    "heads": 1,
     "groups": 1,
-    "l": 4,
-    "d": 2,
-    "l_sel": 4,
-    "n_sel": 5,
-    "w": 8,
+    "dv": 64,
+    "l": 8,
+    "d": 4,
+    "l_sel": 8,
+    "n_sel": 12,
+    "w": 16,
     "n_initial": 0,
+    "n_local": 5,
+    "rope": 0.0,
+    "shared_kv": True,
+    "embedding_std": 0.02,
 }
-"""What a training on the synthetic task has that is not as in `Settings`."""
+"""What a training on the synthetic task has that is not as in `Settings`.
+
+No gradient reaches a block's score but through the compressed branch, and a mean over ``l`` bytes tells no
+answer here. With one K for the three branches the scores are made of the keys that the other two learn. Their
+mean shows that the asked one is among them where the others are little noise: hence no positions, much
+weight decay, and an embedding that starts small, so that what bytes have in common is learned as directions
+(near needles after 300 steps, an experiment of one seed: all found, with 1.0 four of five).
+"""
 
 TEXT: Mapping[str, Any] = {
     "S": 512,

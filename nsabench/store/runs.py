@@ -317,7 +317,7 @@ def refuse_unless_continuable(path: Path) -> None:
 
 
 def take_lock(path: Path, wait_s: float = 0) -> filelock.BaseFileLock:
-    """The lock of the run at `path`, held; StoreError where another process still writes it after `wait_s`."""
+    """The run's lock, held; StoreError where another process still writes the run after `wait_s`."""
     lock = filelock.FileLock(path / _LOCK_FILE, timeout=wait_s, thread_local=False)
     try:
         lock.acquire()

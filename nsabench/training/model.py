@@ -54,7 +54,8 @@ class ByteLM(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(settings.dim) if settings.tied else 1.0)
+        std = 1 / math.sqrt(settings.dim) if settings.tied else settings.embedding_std
+        nn.init.normal_(self.embedding.weight, std=std)
 
     def forward(
         self,
@@ -127,6 +128,7 @@ class Layer(nn.Module):
             rope=settings.rope or None,
             gate=settings.gate,
             compress=settings.compress,
+            shared_kv=settings.shared_kv,
         )
         self.feed_forward_norm = nn.RMSNorm(settings.dim)
         self.feed_forward = SwiGLU(settings.dim, settings.feed_forward)

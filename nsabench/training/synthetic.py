@@ -7,8 +7,9 @@ a key; the byte after it is the answer, which names the value. A sequence, from 
     haystack, with needles and the segment among decoys | decoys over the reach of all windows | questions
 
 A decoy is a needle with a key that nobody asks for in this sequence: no block is empty, and none can be told
-by how its bytes look. The needles of the segment stand side by side and are asked for in order. Before some
-questions stands their needle: those answers lie within the window.
+by how its bytes look. The needles of the segment stand side by side and are asked for in order. Among the
+questions stand some more needles side by side and behind them their questions, in another order: those
+answers lie within the window. They teach what a question means; what is far is then a matter of finding it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import numpy as np
 
 from nsabench.plan import PlanError
 
-KEYS, VALUES = 12, 8
-FIRST_QUESTION, FIRST_ANSWER, FIRST_NEEDLE = 0x40, 0x60, 0x80
+KEYS, VALUES = 20, 8
+FIRST_QUESTION, FIRST_ANSWER, FIRST_NEEDLE = 0x40, 0x58, 0x60
 NEEDLE, COPY = 1, 2
+NEAR = 4
+"""Needles within the window, where it is wide enough for so many with their questions."""
 
 Array = np.ndarray[Any, Any]
 
@@ -49,15 +52,16 @@ class Task:
         S: bytes that are read; a sequence has one more.
         reach: no answer lies between the window and this distance, bytes.
         asked: needles of the haystack, asked for one by one.
-        near: needles that stand before their question.
+        near: needles that stand side by side before their questions, in each of `clusters` clusters.
         copy: bytes of the segment.
     """
 
     S: int
     reach: int
     asked: int = 4
-    near: int = 1
+    near: int = NEAR
     copy: int = 4
+    clusters: int = 2
 
     def __post_init__(self) -> None:
         if self.haystack < 2 * (self.asked + self.copy):
@@ -70,7 +74,7 @@ class Task:
     @property
     def tail(self) -> int:
         """Bytes of the questions, their answers and the near needles."""
-        return 2 * (self.asked + self.near + self.copy) + self.near
+        return 2 * (self.asked + self.copy) + 3 * self.near * self.clusters
 
     @property
     def haystack(self) -> int:
@@ -82,14 +86,15 @@ def task_of(S: int, w: int, layers: int) -> Task:
     """The task for a decoder's length, window and depth. PlanError where they leave no room."""
     if w < 2:
         raise PlanError(f"--w: {w} is too narrow for the synthetic task; allowed: at least 2")
-    return Task(S, reach=layers * (w - 1) + 1)
+    # The last question of n needles and n questions with answers stands at most 3 n - 2 behind its needle.
+    return Task(S, reach=layers * (w - 1) + 1, near=min(NEAR, (w + 1) // 3))
 
 
 def retrieval(rng: np.random.Generator, count: int, task: Task) -> Sequences:
     """``count`` sequences."""
     total = task.S + 1
     keys = _shuffled(rng, count, KEYS)
-    ends = np.cumsum([task.asked + task.near, task.copy])
+    ends = np.cumsum([task.asked + task.near * task.clusters, task.copy])
     single, in_order, decoys = np.split(keys, ends, axis=1)
     chosen = rng.integers(0, decoys.shape[1], (count, total))
     tokens = _needle(np.take_along_axis(decoys, chosen, 1), rng.integers(0, VALUES, (count, total)))
@@ -117,18 +122,22 @@ def _places(rng: np.random.Generator, count: int, task: Task) -> tuple[Array, Ar
 
 
 def _tail(rng: np.random.Generator, count: int, task: Task) -> tuple[Array, Array, Array]:
-    """Where near needles ``(B,near)``, the questions of all needles ``(B,asked+near)`` and those of the
-    segment ``(B,copy)`` stand: parts in an order by chance, the segment's questions one after the other.
+    """Where the needles of all clusters ``(B,near)``, the questions of all needles ``(B,asked+near)`` and
+    those of the segment ``(B,copy)`` stand: parts in an order by chance, the segment's questions one after
+    the other.
     """
-    lengths = np.array([2] * task.asked + [3] * task.near + [2 * task.copy])
+    lengths = np.array([2] * task.asked + [3 * task.near] * task.clusters + [2 * task.copy])
     order = _shuffled(rng, count, len(lengths))
     begins = np.empty_like(order)
     ends = lengths[order].cumsum(1)
     np.put_along_axis(begins, order, ends - lengths[order], 1)
     begins += task.S + 1 - task.tail
-    near = begins[:, task.asked : task.asked + task.near]
-    questions = np.concatenate([begins[:, : task.asked], near + 1], 1)
-    return near, questions, begins[:, -1:] + 2 * np.arange(task.copy)
+    clusters = begins[:, task.asked : -1, None]
+    near = clusters + np.arange(task.near)
+    orders = _shuffled(rng, count * task.clusters, task.near).reshape(near.shape)
+    about_near = clusters + task.near + 2 * orders
+    questions = np.concatenate([begins[:, : task.asked], about_near.reshape(count, -1)], 1)
+    return near.reshape(count, -1), questions, begins[:, -1:] + 2 * np.arange(task.copy)
 
 
 def _needle(keys: Array, values: Array) -> Array:

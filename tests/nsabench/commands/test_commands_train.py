@@ -100,6 +100,13 @@ def test_a_training_is_stored_and_shown(train: Any, folder: Path) -> None:
         assert words in done.out, words
 
 
+@pytest.mark.parametrize(("flag", "shared"), [("--shared-kv", True), ("--separate-kv", False)])
+def test_keys_and_values_are_shared_or_not(train: Any, folder: Path, flag: str, shared: bool) -> None:
+    done = train("--steps", "1", "--data", "synthetic", "--S", "110", "--n-local", "1", "--no-stats", flag)
+    assert (done.code, done.err) == (0, "")
+    assert the_training(folder).info["settings"]["shared_kv"] is shared
+
+
 def test_json_is_one_object(train: Any, folder: Path, unjudged: None) -> None:
     done = train("--steps", "1", "--json", "--no-stats")
     (found,) = done.rows
@@ -196,7 +203,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         ("--data none.txt", "--data: none.txt does not exist"),
         ("--data empty.txt", "--data: empty.txt is empty"),
         ("--S 4k", "--data: text.txt has 1800 bytes"),
-        ("--data synthetic --S 8", "--S: 8 is too short for the synthetic task"),
+        ("--data synthetic --n-local 1 --S 8", "--S: 8 is too short for the synthetic task"),
         ("--S 1k --batch 0", "--batch: '0' is too small"),
         ("--steps x", "--steps: 'x' is not a whole number"),
         ("--lr fast", "--lr: 'fast' is not a number"),
@@ -213,6 +220,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         ("--device cuda:7", "--device: 'cuda:7'"),
         ("--heads 3 --groups 2", "heads"),
         ("--dk 7", "--dk: 7 is odd"),
+        ("--n-initial 1 --n-local 2", "--n-sel: 2 is too few for the 1 first and 2 latest blocks"),
+        ("--rope 0.5", "--rope: 0.5 is not allowed; allowed: 0 for none, or a base above 1"),
         ("--gate hard", "--gate: 'hard' is unknown; allowed: sigmoid, softmax"),
         ("--compress max", "--compress: 'max' is unknown; allowed: mean, conv, mlp"),
         ("--hang-timeout soon", "--hang-timeout: 'soon' is not a length of time"),

@@ -28,7 +28,7 @@ from nsabench.training.synthetic import (
     task_of,
 )
 
-LENGTHS, WINDOWS, LAYERS = st.integers(90, 400), st.integers(2, 24), st.integers(1, 2)
+LENGTHS, WINDOWS, LAYERS = st.integers(110, 400), st.integers(2, 24), st.integers(1, 2)
 
 
 def synthetic(seed: int = 0, size: int = 6, S: int = 256, w: int = 16, layers: int = 2) -> SyntheticData:
@@ -103,7 +103,7 @@ def test_answers_lie_within_the_window_or_past_all_windows(seed: int, S: int, w:
     near = needles < w
     assert (needles[~near] > layers * (w - 1)).all()
     assert (made.distance[made.kind == COPY] > layers * (w - 1)).all()
-    assert near.sum() == 4 * task.near
+    assert near.sum() == 4 * task.near * task.clusters
     assert (~near).sum() == 4 * task.asked
     assert (made.kind == COPY).sum() == 4 * task.copy
 
@@ -114,7 +114,7 @@ def test_every_byte_says_what_it_is() -> None:
         keys = Counter(((row[row >= FIRST_NEEDLE] - FIRST_NEEDLE) // VALUES).tolist())
         asked = set((row[:-1][kind != 0] - FIRST_QUESTION).tolist())
         assert {keys[key] for key in asked} == {1}
-        assert len(asked) == task.asked + task.near + task.copy
+        assert len(asked) == task.asked + task.near * task.clusters + task.copy
         decoys = sum(count for key, count in keys.items() if key not in asked)
         assert decoys == (row >= FIRST_NEEDLE).sum() - len(asked) == task.haystack + task.reach - 8
         (run,) = np.nonzero(kind == COPY)

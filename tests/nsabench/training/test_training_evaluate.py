@@ -93,7 +93,7 @@ def test_every_question_is_judged_and_distances_are_the_nearest() -> None:
     task = task_of(settings.S, MODEL.w, MODEL.layers)
     rows = [row for row in evaluate(oracle, settings, open_data(settings)) if row["route"] == "auto"]
     by_what = {row["what"]: row for row in rows}
-    assert by_what["needle within the window"]["count"] == SEQUENCES * task.near
+    assert by_what["needle within the window"]["count"] == SEQUENCES * task.near * task.clusters
     assert by_what["needle past the window"]["count"] == SEQUENCES * task.asked
     assert by_what["copy past the window"]["count"] == SEQUENCES * task.copy
     buckets = [row for row in rows if row["what"].endswith("back")]
