@@ -190,6 +190,22 @@ def _compute_capability(least: tuple[int, int]) -> str | None:
     return None if found >= least else "needs compute capability {}.{}, got {}.{}".format(*least, *found)
 
 
+_TRITON = "nsa.kernels._installed"
+
+
+def _triton(request: Request) -> str | None:
+    """Why none of this project's Triton kernels can run the request."""
+    interpreted: bool = request.device == "cpu" and _load(f"{_TRITON}:interpreted")()
+    if request.device != "cuda" and not interpreted:
+        return f"needs a CUDA GPU, got {request.device}"
+    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
+    if torch.version.hip is not None:
+        return "needs an NVIDIA GPU, got ROCm"
+    missing: str | None = _load(f"{_TRITON}:missing")()
+    return missing or (None if interpreted else _compute_capability((8, 0)))
+
+
 def _flex_eager(request: Request) -> str | None:
     return None if request.device in ("cpu", "cuda") else f"runs on cpu and cuda, got {request.device}"
 
@@ -200,6 +216,10 @@ def _flex_by_name(request: Request) -> str | None:
 
 def _newer_by_name(request: Request) -> str | None:
     return "not yet run by this project on a GPU: chosen only by name"
+
+
+def _unmeasured_by_name(request: Request) -> str | None:
+    return "not yet measured by this project on a GPU: chosen only by name"
 
 
 def _varlen_by_name(request: Request) -> str | None:
@@ -269,19 +289,45 @@ def _compiled(branch: str) -> Row:
     )
 
 
+_KERNELS = {"cmp": "compressed", "score": "selection", "sel": "selected", "win": "sliding"}
+
+
+def _triton_row(branch: str, variant: str = "", **more: Any) -> Row:
+    """A kernel of this project; ``variant`` such as ``:union`` ends the name of its function, too."""
+    target = f"nsa.kernels.{_KERNELS[branch]}:{FUNCTIONS[branch]}{variant.replace(':', '_')}"
+    known: dict[str, Any] = {
+        "avoid": _unmeasured_by_name,
+        "where": "cuda: fp32, fp16, bf16",
+        "passes": ("fwd",),
+        "library": f"{_TRITON}:provider",
+    }
+    return Row(branch, f"triton{variant}", target, _triton, **(known | more))
+
+
+_TRITON_SELECTED = (":union", ":kv_outer", ":query_major")
+
+
+def _chosen_by_triton(request: Request) -> str | None:
+    return "a variant of triton, which chooses between its three by group size and number of queries"
+
+
 def _passes(branch: str) -> tuple[str, ...]:
     return ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
 
 
 TABLE: tuple[Row, ...] = (
+    _triton_row("cmp"),
     _fa2("cmp"),
     _fa2("cmp", ":varlen", avoid=_varlen_by_name),
     *_newer("cmp"),
     _compiled("cmp"),
     _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
     *_flex_rows("cmp"),
+    _triton_row("score"),
     _compiled("score"),
     _row("score", "chunked", "backends.chunked", _runs_anywhere, passes=("fwd",)),
+    _triton_row("sel"),
+    *(_triton_row("sel", variant, avoid=_chosen_by_triton) for variant in _TRITON_SELECTED),
     _compiled("sel"),
     _row("sel", "sdpa", "backends.sdpa", _fused_sdpa, avoid=_short_only),
     _row("sel", "gather", "backends.gather", _runs_anywhere),
@@ -303,6 +349,7 @@ TABLE: tuple[Row, ...] = (
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
     *_newer("sel"),
     *_flex_rows("sel"),
+    _triton_row("win"),
     _fa2("win"),
     _fa2("win", ":varlen", avoid=_varlen_by_name),
     *_newer("win"),

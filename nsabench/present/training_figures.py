@@ -153,7 +153,7 @@ def _needle(training: Training) -> Figure | None:
     shown = [row for points in lines.values() for row in points]
     for chance in sorted({row["chance"] for row in shown if row["chance"] is not None})[:3]:
         axes.axhline(
-            100 * chance, color=GREY, linewidth=1, linestyle=":", label=f"chance {100 * chance:.2g} %"
+            100 * chance, color=GREY, linewidth=1, linestyle=":", label=f"chance {100 * chance:.3g} %"
         )
     window = setting_of(training, "w")
     if not by_step and isinstance(window, int):

@@ -33,6 +33,7 @@ _KERNELS = {
     "flash": r"pytorch_flash::",
     "fa2": r"\bflash::flash_(fwd|bwd)",
     "flex": r"triton_\w*flex|triton_tem_(?!\w*mm)",
+    "triton": r"^_(attention|lse|scores|top_n|mark|compact|rank|place|union|query|block|merge)_kernel$",
 }
 _OPERATORS = {
     "cudnn": r"_scaled_dot_product_cudnn_attention|_cudnn_attention_",
@@ -45,15 +46,15 @@ _OPERATORS = {
     MATH: r"_scaled_dot_product_attention_math",
 }
 _PRODUCT = r"(^|::)(bmm|mm|mv|addmm|addmv|baddbmm|matmul|einsum)_?$|gemm|gemv|nvjet|xmma"
-_ORDER = ("flash", "efficient", "cudnn", "fa2", "fa3", "fa4", "flex", MATH)
+_ORDER = ("flash", "efficient", "cudnn", "fa2", "fa3", "fa4", "flex", "triton", MATH)
 
 
 def observed(names: Iterable[str]) -> str:
     """The library behind an attention that ran operators and kernels of these names.
 
     ``flash`` (torch's own, its CPU kernel too), ``efficient``, ``cudnn``, ``fa2``, ``fa3``, ``fa4``,
-    ``flex``, ``math``; joined by ``+`` where there are several; empty where no name tells. Kernels overrule
-    operators.
+    ``flex``, ``triton`` (nsa's own kernels), ``math``; joined by ``+`` where there are several; empty where
+    no name tells. Kernels overrule operators.
     """
     return "+".join(_evidence(names))
 
@@ -88,6 +89,7 @@ def _short(name: str) -> str:
 class Rule:
     """What a backend shows when it runs: what may be `observed`, by device; names of which one must be seen,
     and names of which none may be. ``small``: what may be observed, too, where a query attends all it sees.
+    What computes outside of torch on a CPU shows nothing there, and no name.
     """
 
     cpu: tuple[str, ...] = ()
@@ -95,6 +97,10 @@ class Rule:
     shows: str = ""
     hides: str = ""
     small: tuple[str, ...] = ()
+
+    def silent(self, device: str) -> bool:
+        """Whether nothing can be seen of it."""
+        return device == "cpu" and self.cpu == ("",)
 
 
 _OWN = r"_ByKeys|ByQueries|_Pieces"  # autograd functions of nsa's backends show by their names
@@ -112,6 +118,11 @@ RULES = {
     "fa2:varlen": _FLASH,
     "fa3": Rule(cuda=("fa3",)),
     "fa4": Rule(cuda=("fa4",)),
+    "triton": Rule(cpu=("",), cuda=("triton",)),
+    **{
+        f"triton:{variant}": Rule(cpu=("",), cuda=("triton",), shows=rf"^_{kernel}_kernel$")
+        for variant, kernel in (("union", "union"), ("kv_outer", "block"), ("query_major", "query"))
+    },
     "flex": Rule(cpu=("flex",), cuda=("flex",)),
     "flex:eager": Rule(cpu=("flex+math",), cuda=("flex+math",)),
 }
@@ -174,7 +185,7 @@ def prove(
         if not _fits(backend, branch, names[branch], "+".join(found), device, idle):
             return Proof(fell_back=f"fell back: requested {backend} for {branch}, ran {_described(found)}")
         text = _described(found, [name for name in dict.fromkeys(names[branch]) if re.fullmatch(_OWN, name)])
-        if not found and backend != "cpp":
+        if not found and not (backend in RULES and RULES[backend].silent(device)):
             text = "nothing to compute"
         seen.setdefault(text, []).append(branch)
     return Proof("; ".join(f"{', '.join(branches)}: {text}" for text, branches in seen.items()))
@@ -191,7 +202,7 @@ def _fits(
     allowed = rule.cpu if device == "cpu" else rule.cuda
     if "score" in idle:
         allowed += rule.small
-    shown = not rule.shows or any(re.search(rule.shows, name) for name in names)
+    shown = rule.silent(device) or not rule.shows or any(re.search(rule.shows, name) for name in names)
     hidden = not rule.hides or not any(re.search(rule.hides, name) for name in names)
     return word in allowed and shown and hidden
 

@@ -64,7 +64,7 @@ def test_what_is_drawn_is_what_was_stored(tmp_path: Path, drawn: dict[str, Figur
     assert needle["needle, sel=off"] == pytest.approx([100, 7, 7])
     assert not any(name.startswith("copy") for name in needle)
     assert "window, 32 tokens" in needle
-    assert needle["chance 6.2 %"] == pytest.approx([6.25, 6.25])
+    assert needle["chance 6.25 %"] == pytest.approx([6.25, 6.25])
 
 
 def test_a_long_training_has_a_running_mean(tmp_path: Path, drawn: dict[str, Figure]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +51,9 @@ SOFTMAX = "void (anonymous namespace)::softmax_warp_forward<float, float, float,
         ([EFFICIENT], "efficient"),
         (["triton_tem_fused_flex_attention_0"], "flex"),
         (["triton_tem_fused_0"], "flex"),
+        (["_union_kernel", "_mark_kernel", "_compact_kernel"], "triton"),
+        (["_attention_kernel", "void at::native::vectorized_elementwise_kernel<4>"], "triton"),
+        (["_some_other_attention_kernel"], ""),
         ([GEMM, SOFTMAX], "math"),
         (["nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT"], "math"),
         (["aten::_scaled_dot_product_flash_attention_for_cpu"], "flash"),
@@ -239,6 +245,7 @@ SEEN: dict[str, dict[str, tuple[str, ...]]] = {
     "fa3": {"win": ("flash_attn_3::fwd", FA3)},
     "fa4": {"win": (FA4,)},
     "flex": {"win": ("Torch-Compiled Region: 0/0", "triton_tem_fused_flex_attention_0")},
+    "triton": {"win": ("_attention_kernel",)},
     "sdpa": {"win": ("_Pieces", "aten::_scaled_dot_product_efficient_attention", EFFICIENT)},
 }
 
@@ -253,6 +260,41 @@ def test_kernels_of_a_gpu(asked: str, ran: str) -> None:
     else:
         assert found.fell_back.startswith(f"fell back: requested {asked} for win, ran ")
         assert found.text == ""
+
+
+def test_variants_of_triton_are_told_apart() -> None:
+    seen = {
+        "triton:union": ("aten::zeros", "_mark_kernel", "_compact_kernel", "_union_kernel"),
+        "triton:kv_outer": (
+            "_mark_kernel",
+            "_rank_kernel",
+            "_place_kernel",
+            "_block_kernel",
+            "_merge_kernel",
+        ),
+        "triton:query_major": ("_query_kernel",),
+    }
+    for asked in seen:
+        for ran, names in seen.items():
+            found = prove({"sel": asked}, {"sel": names}, "cuda")
+            assert (found.fell_back == "") == (asked == ran)
+            assert prove({"sel": "triton"}, {"sel": names}, "cuda").fell_back == ""
+    interpreted = prove({"sel": "triton:union"}, {"sel": ("aten::zeros",)}, "cpu")
+    assert interpreted == Proof("sel: no operator of torch")
+
+
+def test_the_kernels_of_the_package_are_known() -> None:
+    """Every kernel under its name: none may look as though nothing had run."""
+    spec = importlib.util.find_spec("nsa.kernels")
+    assert spec is not None
+    assert spec.origin is not None
+    names = [
+        name
+        for file in Path(spec.origin).parent.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+    ]
+    assert len(names) > 5
+    assert {observed([name]) for name in names} == {"triton"}
 
 
 def test_the_text_is_short() -> None:

@@ -1,0 +1,125 @@
+"""What the kernels share: rows packed into tiles, one step of an online softmax, launch settings.
+
+A tile holds ``BLOCK_M`` rows of one KV head, a row being one (token, query head) of its group: the ``T * G``
+rows of a (sequence, KV head) are numbered token by token, so a tile re-uses each key for every head that
+reads it, and any ``G`` fills it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from nsa.config import NSAConfig
+from nsa.kernels._installed import interpreted
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(interpreted())
+
+# Dims below are filled up with zeros: the shortest side of a matrix product.
+LEAST_DIM = 16
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched: rows and keys of a tile, warps of a block, pipeline stages, and why."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    reason: str
+
+
+def padded(dim: int) -> int:
+    """The next power of two, at least ``LEAST_DIM``: what ``tl.arange`` takes."""
+    return max(LEAST_DIM, 1 << (dim - 1).bit_length())
+
+
+def split(dim: int) -> tuple[int, int]:
+    """``dim`` as two powers of two, the second 0 where one does: 192 is 128 + 64, 96 is 64 + 32.
+
+    Their sum is at least ``dim`` and never more than ``padded(dim)``.
+    """
+    first = padded(dim)
+    if first in (dim, LEAST_DIM):
+        return first, 0
+    rest = padded(dim - first // 2)
+    return (first // 2, rest) if rest < first // 2 else (first, 0)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (9, 0), the one launches are chosen for first, of a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Launch a kernel that takes ``tensor`` inside: Triton launches on the current GPU, whichever it is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where its last dim is contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def starts(q_start: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor | None, int]:
+    """``q_start`` as a kernel takes it: ``(B,)`` int64 on the device, or None and an int. No host waits."""
+    if isinstance(q_start, torch.Tensor):
+        return q_start.to(device=device, dtype=torch.int64).reshape(-1).contiguous(), 0
+    return None, q_start
+
+
+def empty_outputs(q: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised ``o (B,T,HQ,DV)`` in q's dtype and ``lse (B,T,HQ)`` fp32, contiguous."""
+    o = torch.empty((*q.shape[:3], config.v_dim), dtype=q.dtype, device=q.device)
+    return o, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+
+
+@triton.jit
+def first_position(starts, q_start, sequence):
+    """Absolute position of a sequence's first query, int64: ``starts[sequence]``, or ``q_start`` if None."""
+    if starts is None:
+        return tl.cast(q_start, tl.int64)
+    else:
+        return tl.load(starts + sequence).to(tl.int64)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``a @ b + acc`` with fp32 sums and without TF32; ``acc`` may be None."""
+    if INTERPRETED:
+        # The interpreter multiplies the bit patterns of bf16; fp32 holds every bf16 and fp16 exactly.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def online_softmax(logits, m, l, scale_log2):
+    """One tile of an online softmax over rows, in base 2.
+
+    ``logits (M,N)`` fp32 unscaled, -inf where a key is hidden; ``m (M,)`` largest logit so far times
+    ``scale_log2 = scale * log2(e)``, -inf before the first; ``l (M,)`` the sum so far, 0 before the first.
+    Returns ``p (M,N)`` fp32, the factor ``(M,)`` by which sums so far shrink, the new ``m`` and ``l``. A row
+    that has seen no key yet stays at ``m = -inf, l = 0`` with ``p = 0``, never NaN.
+    """
+    m_new = tl.maximum(m, tl.max(logits, 1) * scale_log2)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(logits * scale_log2 - shift[:, None])
+    shrink = tl.exp2(m - shift)
+    return p, shrink, m_new, l * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def finish(acc, m, l):
+    """Output ``(M,DV)`` fp32 and natural lse ``(M,)`` after the last tile; an empty row gives 0 and -inf."""
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, l)
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN2)
+    return acc / total[:, None], lse

@@ -1,0 +1,23 @@
+"""Compressed attention: each query over the compressed blocks complete at its position (rules 1 to 3)."""
+
+from __future__ import annotations
+
+import torch
+
+from nsa.config import NSAConfig
+from nsa.kernels._ranges import Output, attend, static
+
+STATIC = static("compressed")
+
+
+def compressed_attention(
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    v_cmp: torch.Tensor,
+    config: NSAConfig,
+    *,
+    q_start: int | torch.Tensor = 0,
+) -> Output:
+    """See :func:`nsa.reference.compressed_attention`; fp32, fp16 or bf16, forward only."""
+    block, stride = config.compression_block_size, config.compression_stride
+    return attend(q, k_cmp, v_cmp, config, q_start, block=block, stride=stride)
