@@ -8,6 +8,7 @@ of its last, and only the key tiles at both ends need a mask.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -218,7 +219,7 @@ def attend(
             v,
             o,
             lse,
-            *starts(q_start, q.device),
+            *starts(q_start, q),
             num_queries,
             k.shape[1],
             config.num_kv_heads,
@@ -275,7 +276,7 @@ def static(branch: str) -> tuple[dict[str, Any], ...]:
         archs: dict[Launch, list[str]] = {}
         for major in (9, 8, 10, 12):
             launch = choose(2**16, head_dim, value_dim, torch.bfloat16, (major, 0))
-            archs.setdefault(launch, []).append(f"sm_{major}0")
+            archs.setdefault(replace(launch, reason=""), []).append(f"sm_{major}0")
         for launch, names in archs.items():
             others = () if "sm_90" in names else names
             offered.append(

@@ -68,10 +68,12 @@ def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def starts(q_start: int | torch.Tensor, device: torch.device) -> tuple[torch.Tensor | None, int]:
-    """``q_start`` as a kernel takes it: ``(B,)`` int64 on the device, or None and an int. No host waits."""
+def starts(q_start: int | torch.Tensor, of: torch.Tensor) -> tuple[torch.Tensor | None, int]:
+    """``q_start`` as a kernel takes it: int64 for each sequence of ``of (B,...)``, on its device, or None and
+    an int. No host waits.
+    """
     if isinstance(q_start, torch.Tensor):
-        return q_start.to(device=device, dtype=torch.int64).reshape(-1).contiguous(), 0
+        return q_start.to(device=of.device, dtype=torch.int64).reshape(-1).expand(of.shape[0]).contiguous(), 0
     return None, q_start
 
 

@@ -124,7 +124,7 @@ class Asked:
         cls, indices: torch.Tensor, q_start: int | torch.Tensor, num_keys: int, config: NSAConfig
     ) -> Asked:
         """The request of a branch's arguments."""
-        first, start = starts(q_start, indices.device)
+        first, start = starts(q_start, indices)
         size = config.selection_block_size
         return cls(indices, first, start, size, num_selection_blocks(num_keys, config))
 

@@ -287,7 +287,7 @@ def selected_attention_query_major(
     constants = query_constants(config, block_indices.shape[3], launch)
     programs = q.shape[0] * config.num_kv_heads * q.shape[1] * constants["PARTS"]
     _query_kernel[(programs,)](
-        q, k, v, o, lse, block_indices, *starts(q_start, q.device),
+        q, k, v, o, lse, block_indices, *starts(q_start, q),
         q.shape[1], k.shape[1], config.num_kv_heads, block_indices.shape[3], config.scale * LOG2E,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *block_indices.stride(),
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,

@@ -204,7 +204,7 @@ def _lse(
         q,
         k,
         lse,
-        *starts(q_start, q.device),
+        *starts(q_start, q),
         q.shape[1],
         k.shape[1],
         config.num_kv_heads,
@@ -238,7 +238,7 @@ def _select(
     width, num_blocks = _extent(k.shape[1], rows, q_start, kv_len, config)
     held = max(1, min(items, SCRATCH_BYTES // (4 * tokens * max(1, width))))
     scores = torch.empty((held, width, tokens), dtype=torch.float32, device=q.device)
-    begin = starts(q_start, q.device)
+    begin = starts(q_start, q)
     for first in range(0, items, held):
         part = {"first_item": first, "num_items": min(held, items - first)}
         if width:

@@ -107,7 +107,15 @@ class ByteLM(nn.Module):
         cast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if cast else weight.dtype
         return [
-            KVCache(self.config, batch_size, max_seq_len, dtype=dtype, device=device, keep_graph=keep_graph)
+            KVCache(
+                self.config,
+                batch_size,
+                max_seq_len,
+                dtype=dtype,
+                device=device,
+                shared_kv=self.settings.shared_kv,
+                keep_graph=keep_graph,
+            )
             for _ in self.layers
         ]
 

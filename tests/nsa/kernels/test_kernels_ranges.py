@@ -54,12 +54,14 @@ def test_dims_are_two_powers_of_two(dim: int, parts: tuple[int, int]) -> None:
 
 
 def test_starts_are_a_tensor_or_an_int() -> None:
-    cpu = torch.device("cpu")
-    assert starts(7, cpu) == (None, 7)
-    found, first = starts(torch.tensor([[3], [4]], dtype=torch.int32), cpu)
-    assert (found is not None, first) == (True, 0)
-    assert found.tolist() == [3, 4]  # type: ignore[union-attr]
-    assert found.dtype == torch.int64  # type: ignore[union-attr]
+    of = torch.empty(2, 1, 1, 1)
+    assert starts(7, of) == (None, 7)
+    for given, expected in (([3, 4], [3, 4]), ([[3], [4]], [3, 4]), ([5], [5, 5]), (6, [6, 6])):
+        found, first = starts(torch.tensor(given, dtype=torch.int32), of)
+        assert found is not None
+        assert (found.tolist(), found.dtype, found.is_contiguous(), first) == (expected, torch.int64, True, 0)
+    with pytest.raises(RuntimeError):
+        starts(torch.tensor([1, 2, 3]), of)
 
 
 def test_only_a_last_dim_apart_is_copied() -> None:

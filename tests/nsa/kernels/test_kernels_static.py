@@ -54,7 +54,7 @@ def faults(rows: list[StaticRow]) -> Iterator[str]:
         about = f"{row.kernel} on {row.arch}"
         if row.status != "ok":
             yield f"{about}: {row.status}: {row.reason}"
-        elif row.spill_store_bytes or row.spill_load_bytes:
+        elif row.spill_store_bytes != 0 or row.spill_load_bytes != 0:  # None where ptxas was not heard
             yield f"{about} spills {row.spill_store_bytes} bytes"
 
 

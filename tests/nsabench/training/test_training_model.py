@@ -28,6 +28,7 @@ OPTIONS = pytest.mark.parametrize(
         {"compress": "conv", "gate": "softmax"},
         {"compress": "mlp", "gate": "sigmoid"},
         {"rope": 0.0, "tied": True},
+        {"shared_kv": True, "embedding_std": 0.02},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
