@@ -7,8 +7,11 @@ reads it, and any ``G`` fills it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -16,6 +19,9 @@ import triton.language as tl
 
 from nsa.config import NSAConfig
 from nsa.kernels._installed import interpreted
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -61,6 +67,19 @@ def capability(device: torch.device) -> tuple[int, int]:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Launch a kernel that takes ``tensor`` inside: Triton launches on the current GPU, whichever it is."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def on_its_device(
+    function: Callable[Concatenate[torch.Tensor, P], R],
+) -> Callable[Concatenate[torch.Tensor, P], R]:
+    """``function`` with its kernels on the GPU of its first argument."""
+
+    @wraps(function)
+    def there(q: torch.Tensor, *args: P.args, **named: P.kwargs) -> R:
+        with on_device(q):
+            return function(q, *args, **named)
+
+    return there
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:

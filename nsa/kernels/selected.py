@@ -40,6 +40,7 @@ from nsa.kernels._tiles import (
     capability,
     empty_outputs,
     first_position,
+    on_its_device,
     padded,
     split,
     starts,
@@ -237,6 +238,7 @@ def selected_attention(
     return way(q, k, v, block_indices, config, q_start=q_start)
 
 
+@on_its_device
 def selected_attention_union(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -269,6 +271,7 @@ def selected_attention_union(
     return o, lse
 
 
+@on_its_device
 def selected_attention_query_major(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -295,6 +298,7 @@ def selected_attention_query_major(
     return o, lse
 
 
+@on_its_device
 def selected_attention_kv_outer(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -36,6 +36,7 @@ from nsa.kernels._tiles import (
     capability,
     dot,
     first_position,
+    on_its_device,
     online_softmax,
     split,
     starts,
@@ -161,6 +162,7 @@ def settings(config: NSAConfig, dtype: torch.dtype, arch: tuple[int, int]) -> Se
     )
 
 
+@on_its_device
 @torch.no_grad()
 def select_blocks(
     q: torch.Tensor,
@@ -178,6 +180,7 @@ def select_blocks(
     return _select(q, k_cmp, lse, 1.0, config, q_start, kv_len)
 
 
+@on_its_device
 @torch.no_grad()
 def select_blocks_with_lse(
     q: torch.Tensor,

@@ -72,7 +72,7 @@ def test_routes_tell_what_runs_here_and_why_not(call: Call) -> None:
     }
     for row in done.rows:
         assert (row["device"], row["dtype"]) == ("cpu", "fp32")
-        if row["backend"].startswith(("fa2", "fa3", "fa4")):
+        if row["backend"].startswith(("fa2", "fa3", "fa4", "triton")):
             assert row["refuses"] == "needs a CUDA GPU, got cpu"
         elif row["backend"] == "flex":
             assert row["refuses"].endswith("flex:eager does, without a kernel")
