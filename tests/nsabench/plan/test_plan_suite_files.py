@@ -29,7 +29,7 @@ from nsabench.plan.declaration import CRITERIA, POLICY, SUITE
 from nsabench.plan.kinds import Choice, Duration, Flag, Number, Sizes, Whole
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = ["crossover", "decode", "groups", "h200", "h200-quick", "paper", "quick", "routing"]
+SHIPPED = ["crossover", "decode", "groups", "h200", "h200-quick", "kernels", "paper", "quick", "routing"]
 MINIMAL = "about = 'x'\n[[sweep]]\nphase = 'decode'\n"
 
 
