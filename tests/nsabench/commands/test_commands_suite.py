@@ -122,7 +122,9 @@ def test_show_says_what_each_sweep_is_and_which_command_does_it(call: Call, mine
     assert (shown["name"], shown["policy"]["budget"]) == ("mine", 540)
 
 
-@pytest.mark.parametrize("name", ["quick", "paper", "routing", "decode", "crossover", "groups", "kernels", "h200"])
+@pytest.mark.parametrize(
+    "name", ["quick", "paper", "routing", "decode", "crossover", "groups", "kernels", "h200"]
+)
 def test_the_commands_that_show_prints_plan_the_same_cells(call: Call, name: str) -> None:
     def cells(*arguments: str) -> set[str]:
         return {line["cell_id"] for line in call(*arguments, "--dry-run", "--json").rows}
