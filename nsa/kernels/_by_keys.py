@@ -22,11 +22,9 @@ from nsa.kernels._key_tile import (
     STATIC_SHAPES,
     STRIDES,
     attend_keys,
-    dims,
     fitting,
     keys_of_tile,
     launches,
-    load_queries,
     offered,
     signature,
     store_rows,
@@ -34,14 +32,15 @@ from nsa.kernels._key_tile import (
 from nsa.kernels._tiles import (
     LOG2E,
     Launch,
+    Output,
     capability,
+    dims,
     empty_outputs,
     first_position,
+    load_queries,
     padded,
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, BlockLists, lists_of_blocks, popcount
-
-Output = tuple[torch.Tensor, torch.Tensor]
 
 # Parts of the output and lists of one chunk of queries and KV heads.
 CHUNK_BYTES = 2**28

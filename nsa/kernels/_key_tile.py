@@ -1,4 +1,4 @@
-"""What the selected kernels share: the rows of a tile, one tile of keys attended by them, and how much fits.
+"""What the selected kernels share: one tile of keys attended by a tile of rows, and how much fits.
 
 A row is one (token, query head) of a KV head, heads of a token being neighbours. Dims are split or filled up
 as :func:`nsa.kernels._tiles.split` says.
@@ -15,26 +15,19 @@ import triton
 import triton.language as tl
 
 from nsa.config import NSAConfig
-from nsa.kernels._tiles import Launch, dot, finish, online_softmax, padded, split
+from nsa.kernels._tiles import (
+    KIB,
+    SYSTEM_KIB,
+    Launch,
+    dot,
+    finish,
+    online_softmax,
+    padded,
+    shared_kib,
+    split,
+)
 
-# Bytes of shared memory of an SM, 1 KiB of which each block has to leave to the system (CUDA C++ Programming
-# Guide, technical specifications).
-_SHARED = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228}
-_SHARED_LEAST = 100
-_KIB = 1024
 LEAST_KEYS = 16
-
-
-@triton.jit
-def load_queries(q_row, exists, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Both parts of the queries at ``q_row (M,)``; the second is the first again where there is none."""
-    d0 = tl.arange(0, D0)
-    q0 = tl.load(q_row[:, None] + d0[None, :], mask=exists[:, None] & (d0 < D)[None, :], other=0.0)
-    q1 = q0
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        q1 = tl.load(q_row[:, None] + d1[None, :], mask=exists[:, None] & (d1 < D)[None, :], other=0.0)
-    return q0, q1
 
 
 @triton.jit
@@ -79,12 +72,6 @@ def store_rows(o, lse, at, exists, acc, m, l, DV: tl.constexpr, DV_PADDED: tl.co
     tl.store(o + at[:, None] * DV + dv[None, :], out.to(o.dtype.element_ty), mask=mask)
 
 
-def dims(head_dim: int, value_dim: int) -> dict[str, int]:
-    """The kernels' constants of the head's dims."""
-    first, rest = split(head_dim)
-    return {"D": head_dim, "D0": first, "D1": rest, "DV": value_dim, "DV_PADDED": padded(value_dim)}
-
-
 def keys_of_tile(tokens: int) -> int:
     """Keys of one tile that is to hold ``tokens`` neighbours: a power of two."""
     return max(LEAST_KEYS, 1 << (tokens - 1).bit_length())
@@ -105,11 +92,11 @@ def fitting(wanted: Sequence[Launch], config: NSAConfig, dtype: torch.dtype, arc
     """The first of ``wanted`` of which compute capability ``arch`` holds two blocks an SM, one's softmax
     beside the other's products; else one block; else the last, with fewer keys.
     """
-    room = _SHARED.get(arch, _SHARED_LEAST) * _KIB
+    room = shared_kib(arch) * KIB
 
     def need(launch: Launch) -> int:
         # The list's entries of each stage lie there, too.
-        return shared_bytes(launch, config.head_dim, config.v_dim, dtype.itemsize) + _KIB + 64
+        return shared_bytes(launch, config.head_dim, config.v_dim, dtype.itemsize) + SYSTEM_KIB * KIB + 64
 
     for blocks in (2, 1):
         for launch in wanted:

@@ -19,21 +19,22 @@ from nsa.config import NSAConfig
 from nsa.kernels._tiles import (
     LOG2E,
     Launch,
+    Output,
     capability,
+    dims,
     dot,
     empty_outputs,
     finish,
     first_position,
     interpreted,
-    on_device,
+    load_queries,
+    on_its_device,
     online_softmax,
     padded,
     split,
     starts,
     unit_stride,
 )
-
-Output = tuple[torch.Tensor, torch.Tensor]
 
 # Begins before every key, and an int32 still holds what is subtracted from it.
 NO_WINDOW = 2**30
@@ -139,12 +140,8 @@ def _attention_kernel(
 
     q_head = head * G + row % G
     q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + q_head.to(tl.int64) * stride_qh
+    q0, q1 = load_queries(q_row, exists, D, D0, D1)
     d0 = tl.arange(0, D0)
-    q0 = tl.load(q_row[:, None] + d0[None, :], mask=exists[:, None] & (d0 < D)[None, :], other=0.0)
-    q1 = q0
-    if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        q1 = tl.load(q_row[:, None] + d1[None, :], mask=exists[:, None] & (d1 < D)[None, :], other=0.0)
     k_head = k + sequence * stride_kb + tl.cast(head, tl.int64) * stride_kh
     v_head = v + sequence * stride_vb + tl.cast(head, tl.int64) * stride_vh
 
@@ -169,6 +166,7 @@ def _attention_kernel(
         keys = _load(k_tile, column[None, :], d0[:, None], stride_ks, left, D, D1 == 0 and D0 != D)
         logits = dot(q0, keys, None)
         if D1 > 0:
+            d1 = D0 + tl.arange(0, D1)
             keys = _load(k_tile, column[None, :], d1[:, None], stride_ks, left, D, D0 + D1 != D)
             logits = dot(q1, keys, logits)
         if at < whole or at + BLOCK_N > partial:
@@ -186,6 +184,7 @@ def _attention_kernel(
     tl.store(o + at[:, None] * DV + dv[None, :], out.to(o.dtype.element_ty), mask=mask)
 
 
+@on_its_device
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -212,41 +211,35 @@ def attend(
     else:
         launch = choose(rows, config.head_dim, config.v_dim, q.dtype, capability(q.device))
     grid = (triton.cdiv(rows, launch.block_m) * config.num_kv_heads * batch,)
-    with on_device(q):
-        _attention_kernel[grid](
-            q,
-            k,
-            v,
-            o,
-            lse,
-            *starts(q_start, q),
-            num_queries,
-            k.shape[1],
-            config.num_kv_heads,
-            block,
-            stride,
-            window,
-            config.scale * LOG2E,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            **constexprs(config.group_size, config.head_dim, config.v_dim, launch),
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
+    _attention_kernel[grid](
+        q,
+        k,
+        v,
+        o,
+        lse,
+        *starts(q_start, q),
+        num_queries,
+        k.shape[1],
+        config.num_kv_heads,
+        block,
+        stride,
+        window,
+        config.scale * LOG2E,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        **constexprs(config.group_size, config.head_dim, config.v_dim, launch),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
     return o, lse
 
 
 def constexprs(group: int, head_dim: int, value_dim: int, launch: Launch) -> dict[str, Any]:
     """What the kernel is compiled for, by its arguments' names."""
-    first, rest = split(head_dim)
     return {
         "G": group,
-        "D": head_dim,
-        "D0": first,
-        "D1": rest,
-        "DV": value_dim,
-        "DV_PADDED": padded(value_dim),
+        **dims(head_dim, value_dim),
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
     }

@@ -8,7 +8,7 @@ reads it, and any ``G`` fills it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -23,9 +23,19 @@ from nsa.kernels._installed import interpreted
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Output = tuple[torch.Tensor, torch.Tensor]
+"""``o`` and ``lse`` of a branch."""
+
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted())
+
+KIB = 1024
+# Shared memory of an SM by compute capability, of which each block leaves SYSTEM_KIB to the system (CUDA C++
+# Programming Guide, technical specifications).
+_SHARED_KIB = {(8, 0): 164, (8, 7): 164, (9, 0): 228, (10, 0): 228, (10, 3): 228}
+_SHARED_KIB_LEAST = 100
+SYSTEM_KIB = 1
 
 # Dims below are filled up with zeros: the shortest side of a matrix product.
 LEAST_DIM = 16
@@ -59,27 +69,35 @@ def split(dim: int) -> tuple[int, int]:
     return (first // 2, rest) if rest < first // 2 else (first, 0)
 
 
+def dims(head_dim: int, value_dim: int) -> dict[str, int]:
+    """The kernels' constants of the head's dims."""
+    first, rest = split(head_dim)
+    return {"D": head_dim, "D0": first, "D1": rest, "DV": value_dim, "DV_PADDED": padded(value_dim)}
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (9, 0), the one launches are chosen for first, of a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Launch a kernel that takes ``tensor`` inside: Triton launches on the current GPU, whichever it is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def on_its_device(
     function: Callable[Concatenate[torch.Tensor, P], R],
 ) -> Callable[Concatenate[torch.Tensor, P], R]:
-    """``function`` with its kernels on the GPU of its first argument."""
+    """``function`` with its kernels on the GPU of its first argument: Triton launches on the current one,
+    whichever it is.
+    """
 
     @wraps(function)
     def there(q: torch.Tensor, *args: P.args, **named: P.kwargs) -> R:
-        with on_device(q):
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
             return function(q, *args, **named)
 
     return there
+
+
+def shared_kib(arch: tuple[int, int]) -> int:
+    """Shared memory of an SM of compute capability ``arch``, KiB."""
+    return _SHARED_KIB.get(arch, _SHARED_KIB_LEAST)
 
 
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,6 +127,18 @@ def first_position(starts, q_start, sequence):
         return tl.cast(q_start, tl.int64)
     else:
         return tl.load(starts + sequence).to(tl.int64)
+
+
+@triton.jit
+def load_queries(q_row, exists, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Both parts of the queries at ``q_row (M,)``; the second is the first again where there is none."""
+    d0 = tl.arange(0, D0)
+    q0 = tl.load(q_row[:, None] + d0[None, :], mask=exists[:, None] & (d0 < D)[None, :], other=0.0)
+    q1 = q0
+    if D1 > 0:
+        d1 = D0 + tl.arange(0, D1)
+        q1 = tl.load(q_row[:, None] + d1[None, :], mask=exists[:, None] & (d1 < D)[None, :], other=0.0)
+    return q0, q1
 
 
 @triton.jit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from nsa.config import NSAConfig
-from nsa.kernels._ranges import Output, attend, static
+from nsa.kernels._ranges import attend, static
+from nsa.kernels._tiles import Output
 
 STATIC = static("compressed")
 

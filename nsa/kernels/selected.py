@@ -25,11 +25,9 @@ from nsa.kernels._key_tile import (
     STATIC_SHAPES,
     STRIDES,
     attend_keys,
-    dims,
     fitting,
     keys_of_tile,
     launches,
-    load_queries,
     offered,
     signature,
     store_rows,
@@ -37,9 +35,12 @@ from nsa.kernels._key_tile import (
 from nsa.kernels._tiles import (
     LOG2E,
     Launch,
+    Output,
     capability,
+    dims,
     empty_outputs,
     first_position,
+    load_queries,
     on_its_device,
     padded,
     split,
@@ -48,8 +49,6 @@ from nsa.kernels._tiles import (
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, lists_of_tiles, tile_chunks
 from nsa.kernels._union import static as static_lists
-
-Output = tuple[torch.Tensor, torch.Tensor]
 
 _UNION_LENGTHS = [
     "q_start",

@@ -31,13 +31,16 @@ from nsa.kernels._block_scores import (
 from nsa.kernels._block_scores import static as static_scores
 from nsa.kernels._installed import interpreted
 from nsa.kernels._tiles import (
+    KIB,
     LOG2E,
+    SYSTEM_KIB,
     Launch,
     capability,
     dot,
     first_position,
     on_its_device,
     online_softmax,
+    shared_kib,
     split,
     starts,
     unit_stride,
@@ -137,9 +140,7 @@ _SCORES = (
 _SLICED = Launch(64, 64, 8, 1, "predicted: fp32 without tensor cores; 16 sums a thread, 32 dims at a time")
 _INTERPRETED = Settings(Launch(1024, 64, 1, 1, "time goes by programs"), Launch(64, 1024, 1, 1, "the same"))
 
-_SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # KiB of an SM
-_SHARED_LEAST = 99
-_SHARED_OF_SUMS = 1  # what a reduction takes besides
+_SUMS_KIB = 1  # what a reduction takes besides
 _NO_LIMIT = 2**30
 
 
@@ -149,7 +150,7 @@ def settings(config: NSAConfig, dtype: torch.dtype, arch: tuple[int, int]) -> Se
         return _INTERPRETED
     if dtype == torch.float32:
         return Settings(_SLICED, _SLICED)
-    room = (_SHARED.get(arch, _SHARED_LEAST) - 2 * _SHARED_OF_SUMS) * 1024
+    room = (shared_kib(arch) - 2 * (SYSTEM_KIB + _SUMS_KIB)) * KIB
     heads = triton.next_power_of_2(config.group_size)
 
     def best(launches: tuple[Launch, ...], vectors: Callable[[Launch], int]) -> Launch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ pytest.importorskip("triton")
 
 from nsa.kernels import _ranges
 from nsa.kernels._installed import interpreted
-from nsa.kernels._tiles import padded, split, starts, unit_stride
+from nsa.kernels._tiles import on_its_device, padded, split, starts, unit_stride
 
 Small = Callable[..., NSAConfig]
 Draw = Callable[..., dict[str, Any]]
@@ -69,6 +71,26 @@ def test_only_a_last_dim_apart_is_copied() -> None:
     for view in (drawn, drawn.transpose(1, 2), drawn[..., 2:], drawn[:1].expand(5, -1, -1, -1)):
         assert unit_stride(view) is view
     assert unit_stride(drawn.movedim(-1, 0).contiguous().movedim(0, -1)).stride(-1) == 1
+
+
+def test_kernels_launch_on_the_gpu_of_their_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = ["the first GPU"]
+
+    @contextmanager
+    def device(there: object) -> Iterator[None]:
+        current.append(there)
+        yield
+        current.pop()
+
+    @on_its_device
+    def launched_on(q: Any, *, keyword: int) -> tuple[object, int]:
+        return current[-1], keyword
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    queries = SimpleNamespace(is_cuda=True, device="the second GPU")
+    assert launched_on(cast(torch.Tensor, queries), keyword=3) == ("the second GPU", 3)
+    assert launched_on(torch.empty(0), keyword=4) == ("the first GPU", 4)
+    assert current == ["the first GPU"]
 
 
 @pytest.mark.skipif(interpreted(), reason="nothing is compiled")
