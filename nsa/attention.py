@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
+from nsa.packing import Packed
 from nsa.routes import Request, Routing, resolve
-from nsa.stages import settled_blocks, stage
+from nsa.stages import reselecting, settled_blocks, stage
 
 
 def nsa_attention(
@@ -25,6 +28,7 @@ def nsa_attention(
     q_start: int | torch.Tensor = 0,
     win_start: int = 0,
     block_indices: torch.Tensor | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """Native Sparse Attention of queries over compressed, selected and sliding keys (eq. 5).
 
@@ -39,6 +43,9 @@ def nsa_attention(
         win_start: absolute position of ``k_win[:, 0]``; at most ``max(0, q_start - w + 1)``.
         block_indices: ``(B,T,H,n)`` int32, the blocks to attend where they are known already: no scores are
             computed. As :func:`nsa.select_blocks` gives them; -1 is an empty slot. They get no gradient.
+        packed: the whole sequences that lie one after the other in ``B = 1``, with T = S; each attends only
+            itself, and counts its blocks from 0. In one call where every branch's backend takes them so
+            (``triton``), else one by one.
 
     Returns:
         ``o (B,T,HQ,DV)``, the gated sum, in q's dtype.
@@ -47,54 +54,74 @@ def nsa_attention(
         ValueError: shapes that do not fit the configuration, or routing text that does not parse.
         UnsupportedRoute: a named backend cannot run here, with the reason of each row.
     """
+    tensors = (q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates)
     if torch.is_autocast_enabled(q.device.type):
         # A backend computes in its inputs' dtype and accumulates in fp32; autocast would undo both inside it.
         with torch.autocast(q.device.type, enabled=False):
             return nsa_attention(
-                q,
-                k_cmp,
-                v_cmp,
-                k_sel,
-                v_sel,
-                k_win,
-                v_win,
-                gates,
+                *tensors,
                 config,
                 routing=routing,
                 q_start=q_start,
                 win_start=win_start,
                 block_indices=block_indices,
+                packed=packed,
             )
-    _check_shapes(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, config)
+    _check_shapes(*tensors, config)
+    if packed is not None:
+        _check_packed(packed, q, k_cmp, k_sel, k_win, q_start, win_start)
     if block_indices is not None:
         _check_blocks(block_indices, q, k_sel, config)
-    grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k_cmp, k_sel, k_win, v_cmp, v_sel, v_win)
-    )
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:-1])
     request = Request(
         device=q.device.type,
         dtype=q.dtype,
-        num_queries=q.shape[1],
-        kv_len=k_sel.shape[1],
+        num_queries=q.shape[1] if packed is None else packed.longest,
+        kv_len=k_sel.shape[1] if packed is None else packed.longest,
         needs_grad=grad,
         config=config,
     )
     route = resolve(routing, request)
+    if packed is not None and (reselecting() or not route.takes_packed):
+        each = [
+            nsa_attention(
+                q[:, tokens],
+                k_cmp[:, blocks],
+                v_cmp[:, blocks],
+                k_sel[:, tokens],
+                v_sel[:, tokens],
+                k_win[:, tokens],
+                v_win[:, tokens],
+                gates[:, tokens],
+                config,
+                routing=routing,
+                block_indices=None if block_indices is None else block_indices[:, tokens],
+            )
+            for tokens, blocks in packed.parts()
+        ]
+        return torch.cat(each, 1) if each else q.new_empty(*q.shape[:3], config.v_dim)
+    also: dict[str, Any] = {} if packed is None else {"packed": packed}
+    known: dict[str, Any] = {}
     parts: list[tuple[int, torch.Tensor]] = []
     if route.cmp is not None:
         with stage("cmp"):
-            parts.append((0, route.cmp(q, k_cmp, v_cmp, config, q_start=q_start)[0]))
+            part, lse = route.cmp(q, k_cmp, v_cmp, config, q_start=q_start, **also)
+        parts.append((0, part))
+        if route.shares_lse:
+            known["lse"] = lse
     if route.sel is not None and route.score is not None:
         blocks = block_indices
         if blocks is None:
             with stage("score"):
-                blocks = route.score(q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1])
+                blocks = route.score(
+                    q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1], **also, **known
+                )
         blocks = settled_blocks(blocks, q_start)
         with stage("sel"):
-            parts.append((1, route.sel(q, k_sel, v_sel, blocks, config, q_start=q_start)[0]))
+            parts.append((1, route.sel(q, k_sel, v_sel, blocks, config, q_start=q_start, **also)[0]))
     if route.win is not None:
         with stage("win"):
-            parts.append((2, route.win(q, k_win, v_win, config, q_start=q_start - win_start)[0]))
+            parts.append((2, route.win(q, k_win, v_win, config, q_start=q_start - win_start, **also)[0]))
     with stage("gate"):
         gates = gates.to(q.dtype).unsqueeze(-1)
         branch, part = parts[0]
@@ -130,6 +157,29 @@ def _check_shapes(
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+
+
+def _check_packed(
+    packed: Packed,
+    q: torch.Tensor,
+    k_cmp: torch.Tensor,
+    k_sel: torch.Tensor,
+    k_win: torch.Tensor,
+    q_start: int | torch.Tensor,
+    win_start: int,
+) -> None:
+    tokens, blocks = sum(packed.lengths), sum(packed.blocks_each)
+    found = [q.shape[0], q.shape[1], k_cmp.shape[1], k_sel.shape[1], k_win.shape[1]]
+    if found != [1, tokens, blocks, tokens, tokens]:
+        raise ValueError(
+            f"packed sequences of {tokens} tokens and {blocks} compressed blocks need B = 1 and T, C, S = "
+            f"{tokens}, {blocks}, {tokens}, got B = {found[0]} and {', '.join(map(str, found[1:4]))}, "
+            f"and {found[4]} in the window"
+        )
+    if isinstance(q_start, torch.Tensor) or q_start or win_start:
+        raise ValueError(
+            f"packed sequences are whole: q_start and win_start must be 0, got {q_start} and {win_start}"
+        )
 
 
 def _check_blocks(blocks: torch.Tensor, q: torch.Tensor, k_sel: torch.Tensor, config: NSAConfig) -> None:

@@ -4,7 +4,6 @@ paper).
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from nsa.attention import nsa_attention
 from nsa.cache import KV, BranchViews, KVCache
 from nsa.compress import COMPRESSIONS
 from nsa.config import NSAConfig
+from nsa.packing import Packed
 from nsa.routes import Routing
 from nsa.stages import stage
 
@@ -107,25 +107,37 @@ class NativeSparseAttention(nn.Module):
         """
         if x.dim() != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, {self.dim}), got {tuple(x.shape)}")
+        packed = None
         if cu_seqlens is not None:
-            return self._packed(x, cache, routing, cu_seqlens, block_indices)
+            if x.shape[0] != 1 or cache is not None:
+                raise ValueError(f"cu_seqlens needs B = 1 and no cache, got B = {x.shape[0]}")
+            packed = Packed.of(cu_seqlens, x.shape[1], self.config, device=x.device)
         if x.shape[0] == 0 or x.shape[1] == 0:
             return x.new_zeros(x.shape)
-        inputs = self.attention_inputs(x, cache)
-        o = nsa_attention(**inputs, config=self.config, routing=routing, block_indices=block_indices)
+        inputs = self.attention_inputs(x, cache, packed)
+        o = nsa_attention(
+            **inputs, config=self.config, routing=routing, block_indices=block_indices, packed=packed
+        )
         with stage("proj"):
             y: torch.Tensor = self.out(o.flatten(2))
         return y
 
-    def attention_inputs(self, x: torch.Tensor, cache: KVCache | None = None) -> dict[str, Any]:
-        """Everything :func:`nsa.nsa_attention` needs for ``x``, by argument name; a cache grows by T."""
+    def attention_inputs(
+        self, x: torch.Tensor, cache: KVCache | None = None, packed: Packed | None = None
+    ) -> dict[str, Any]:
+        """The tensors :func:`nsa.nsa_attention` needs for ``x`` and where they begin, by argument name.
+
+        A cache grows by T.
+        """
         if cache is not None:
             self._check_cache(x, cache)
         start = 0 if cache is None else cache.length
         with stage("proj"):
-            q, raw, sel, win, gates = self._project(x, start)
+            q, raw, sel, win, gates = self._project(x, start, packed)
         with stage("compress"):
-            if cache is None:
+            if packed is not None:
+                views = BranchViews(self._compress_each(raw, packed), sel, win, 0)
+            elif cache is None:
                 views = BranchViews(self._compress(raw, 0), sel, win, 0)
             else:
                 views = cache.append(raw, sel, win, self._compress)
@@ -142,17 +154,21 @@ class NativeSparseAttention(nn.Module):
             "win_start": views.win_start,
         }
 
-    def _project(self, x: torch.Tensor, start: int) -> tuple[torch.Tensor, KV, KV, KV, torch.Tensor]:
+    def _project(
+        self, x: torch.Tensor, start: int, packed: Packed | None
+    ) -> tuple[torch.Tensor, KV, KV, KV, torch.Tensor]:
         """``x (B,T,dim)`` -> q, and (key, value) of cmp, sel and win, and gates ``(B,T,HQ,3)``."""
         config = self.config
+        at = slice(start, start + x.shape[1]) if packed is None else packed.positions()
+        length = start + x.shape[1] if packed is None else packed.longest
         rotated, plain, values, hidden = self.proj(x).split(self._sizes, -1)
-        rotated = self._rotate(rotated.unflatten(-1, (-1, config.head_dim)), start, 1)
+        rotated = self._rotate(rotated.unflatten(-1, (-1, config.head_dim)), at, length)
         plain = plain.unflatten(-1, (-1, config.head_dim)) if self._plain_keys else plain
         value = values.unflatten(-1, (-1, config.v_dim)).split(config.num_kv_heads, 2)
         gates = self.gate_out(nn.functional.silu(hidden)).unflatten(-1, (config.num_heads, 3))
         gates = gates.sigmoid() if self.gate == "sigmoid" else gates.softmax(-1)
         if self.shared_kv:
-            shared = (self._rotate(plain, start, 1), value[0])
+            shared = (self._rotate(plain, at, length), value[0])
             return rotated, (shared[0] if self.compress_rotated else plain, value[0]), shared, shared, gates
         heads = [config.num_heads] + [config.num_kv_heads] * self._rotated_keys
         q, sel, win, *rest = rotated.split(heads, 2)
@@ -162,18 +178,28 @@ class NativeSparseAttention(nn.Module):
         stride = self.config.compression_stride
         key = self.compress_k(raw[0])
         if not self.compress_rotated:
-            key = self._rotate(key, first_block * stride, stride)
+            end = (first_block + key.shape[1]) * stride
+            key = self._rotate(key, slice(first_block * stride, end, stride), end)
         # Under autocast a learned phi may give another dtype than its tokens have.
         return key.to(raw[0].dtype), self.compress_v(raw[1]).to(raw[1].dtype)
 
-    def _rotate(self, x: torch.Tensor, start: int, step: int) -> torch.Tensor:
-        """Rotate ``x (B,T,heads,D)`` by positions ``start, start + step, ...`` (RoPE, half-split pairs)."""
+    def _compress_each(self, raw: KV, packed: Packed) -> KV:
+        """The compressed blocks of packed sequences, one after the other."""
+        keys, values = zip(
+            *(self._compress((raw[0][:, part], raw[1][:, part]), 0) for part, _ in packed.parts()),
+            strict=True,
+        )
+        return torch.cat(keys, 1), torch.cat(values, 1)
+
+    def _rotate(self, x: torch.Tensor, at: slice | torch.Tensor, length: int) -> torch.Tensor:
+        """Rotate ``x (B,T,heads,D)`` by the T positions ``at``, all below ``length`` (RoPE, half-split
+        pairs).
+        """
         if self.rope is None or x.shape[1] == 0:
             return x
-        cos, sin = self._rotation(start + step * (x.shape[1] - 1) + 1, x)
-        span = slice(start, start + step * x.shape[1], step)
+        cos, sin = self._rotation(length, x)
         # Two products and a sum: addcmul does not vectorise over a strided x on a CPU.
-        return (x * cos[span]).add_(x.roll(x.shape[-1] // 2, -1) * sin[span])
+        return (x * cos[at]).add_(x.roll(x.shape[-1] // 2, -1) * sin[at])
 
     def _rotation(self, length: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin tables ``(at least length, 1, D)``, computed in fp64 and kept in ``like``'s
@@ -203,29 +229,6 @@ class NativeSparseAttention(nn.Module):
             tables[0][part] = angle.cos().repeat(1, 1, 2)
             tables[1][part] = torch.cat([-sin, sin], -1)
         return tables[0], tables[1]
-
-    def _packed(
-        self,
-        x: torch.Tensor,
-        cache: KVCache | None,
-        routing: str | Routing,
-        cu_seqlens: torch.Tensor,
-        blocks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        bounds = cu_seqlens.tolist()
-        ascending = all(a <= b for a, b in pairwise(bounds))
-        if x.shape[0] != 1 or cache is not None:
-            raise ValueError(f"cu_seqlens needs B = 1 and no cache, got B = {x.shape[0]}")
-        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or not ascending:
-            raise ValueError(f"cu_seqlens must ascend from 0 to {x.shape[1]}, got {bounds}")
-        lists = (*x.shape[:2], self.config.num_kv_heads, self.config.num_selected_blocks)
-        if blocks is not None and blocks.shape != lists:
-            raise ValueError(f"block_indices must be {lists}, got {tuple(blocks.shape)}")
-        parts = [
-            self(x[:, a:b], None, routing, block_indices=None if blocks is None else blocks[:, a:b])
-            for a, b in pairwise(bounds)
-        ]
-        return torch.cat(parts, 1)
 
     def _check_cache(self, x: torch.Tensor, cache: KVCache) -> None:
         if cache.config != self.config or cache.shared_kv != self.shared_kv:

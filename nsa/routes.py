@@ -55,7 +55,8 @@ class Row:
     ``refuse`` returns why a request cannot run, or None. ``avoid`` returns why ``auto`` passes over the row
     although it could run; a row named explicitly ignores it. ``where`` says in words what ``refuse`` accepts.
     ``passes`` are the passes the row computes. ``library`` is the function that names what the row runs,
-    where that is not torch itself.
+    where that is not torch itself. ``takes`` names the arguments its function has beside the contract's:
+    ``packed`` (:class:`nsa.packing.Packed`), and, for scores, ``lse`` of compressed attention.
     """
 
     branch: str
@@ -66,6 +67,7 @@ class Row:
     where: str = "cpu, cuda"
     passes: tuple[str, ...] = ("fwd", "bwd")
     library: str | None = None
+    takes: tuple[str, ...] = ()
 
     def provider(self) -> str | None:
         """The library that computes the row and its version, e.g. ``flash_attn 2.8.3``; None for torch and
@@ -300,6 +302,7 @@ def _triton_row(branch: str, variant: str = "", **more: Any) -> Row:
         "where": "cuda: fp32, fp16, bf16",
         "passes": ("fwd",),
         "library": f"{_TRITON}:provider",
+        "takes": ("packed", "lse") if branch == "score" else ("packed",),
     }
     return Row(branch, f"triton{variant}", target, _triton, **(known | more))
 
@@ -483,6 +486,19 @@ class Route:
         """
         row = self.rows[branch]
         return None if row is None else row.provider()
+
+    @property
+    def takes_packed(self) -> bool:
+        """Whether every branch that runs computes packed sequences in one call."""
+        return all(row is None or "packed" in row.takes for row in self.rows.values())
+
+    @property
+    def shares_lse(self) -> bool:
+        """Whether the scores can begin with the lse of compressed attention. Only one backend's own: another
+        may have rounded it more than a score allows.
+        """
+        score = self.rows["score"]
+        return score is not None and "lse" in score.takes and self.backend("cmp") == score.backend
 
 
 def resolve(routing: str | Routing, request: Request) -> Route:

@@ -52,6 +52,11 @@ def settled_blocks(chosen: torch.Tensor, q_start: int | torch.Tensor) -> torch.T
     return blocks
 
 
+def reselecting() -> bool:
+    """Whether a selection hook is active."""
+    return _reselect is not None
+
+
 @contextmanager
 def selection_hook(reselect: Reselect) -> Iterator[None]:
     """Attend the blocks ``reselect(chosen, q_start)`` instead of the ``chosen`` ones while this is open.
@@ -60,8 +65,8 @@ def selection_hook(reselect: Reselect) -> Iterator[None]:
     first query; the result has its shape, dtype and device. The scores are computed all the same: a step
     does the work it always does, which is what a benchmark with made-up blocks needs (``block_indices`` of
     :func:`nsa.nsa_attention` skips that work). A hook that returns ``chosen`` itself only records. It is
-    process-wide, called once per attention, in no stage; the innermost one is active. A CUDA graph keeps
-    reading the tensor that was returned while it was captured.
+    process-wide, called once per attention (once for each packed sequence), in no stage; the innermost one is
+    active. A CUDA graph keeps reading the tensor that was returned while it was captured.
     """
     global _reselect
     outer, _reselect = _reselect, reselect

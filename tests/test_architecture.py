@@ -27,7 +27,7 @@ Sources = Mapping[str, str]  # module name -> source text; a package is named "p
 
 # A module imports from the floors below its own, and sideways only what SIDEWAYS names.
 NSA_FLOORS = (
-    ("nsa.stages", "nsa.config", "nsa.blocks"),
+    ("nsa.stages", "nsa.config", "nsa.blocks", "nsa.packing"),
     ("nsa.reference", "nsa.testing", "nsa.compress", "nsa.backends.*", "nsa.kernels.*"),
     ("nsa.routes",),
     ("nsa.attention", "nsa.cache"),
@@ -36,6 +36,8 @@ NSA_FLOORS = (
 )
 SIDEWAYS = (
     ("nsa.blocks", "nsa.config"),
+    ("nsa.packing", "nsa.blocks"),
+    ("nsa.packing", "nsa.config"),
     ("nsa.testing", "nsa.reference"),
     ("nsa.backends.*", "nsa.backends._[!_]*"),
     ("nsa.kernels.*", "nsa.kernels._[!_]*"),

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from nsa.blocks import overlap_weights
 from nsa.config import NSAConfig
-from nsa.kernels._tiles import LOG2E, Launch, dot, first_position, split
+from nsa.kernels._tiles import LOG2E, ONE_LENGTH, Launch, Layout, dot, first_position, rows_of, split
 
 # Dims of one product in fp32, whose operands pass through registers: all dims at once would spill.
 SLICE = 32
@@ -165,7 +165,7 @@ _SCORE_LENGTHS = [*LENGTHS, "first_item", "heads", "width", "block_size"]
 
 @triton.jit(do_not_specialize=_SCORE_LENGTHS)
 def _scores_kernel(
-    q, k, lse, scores, starts, q_start, num_queries, num_keys, kv_heads, block, stride,
+    q, k, lse, scores, q_bounds, k_bounds, starts, q_start, num_queries, num_keys, kv_heads, block, stride,
     first_item, heads, width, block_size, scale_log2, lse_scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kc, stride_kh,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -181,6 +181,11 @@ def _scores_kernel(
     item = first_item + tl.program_id(0)
     tile = tl.cdiv(num_queries, TOKENS) - 1 - item // heads
     head, sequence = (item % kv_heads).to(tl.int64), (item % heads // kv_heads).to(tl.int64)
+    first_row, _ = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
+    q_at, num_queries = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_kc)
+    if q_bounds is not None and tile * TOKENS >= num_queries:  # of a shorter sequence
+        return
 
     # Columns beyond the last head or token repeat it, and like those that see no block have
     # an lse of +inf: they add 0. Zeros in their place would turn a key of infinity into NaN.
@@ -190,9 +195,9 @@ def _scores_kernel(
     start = first_position(starts, q_start, sequence).to(tl.int32)
     visible = visible_blocks(start + token, num_keys, block, stride)
     q_head = head * G + tl.minimum(row // TOKENS, G - 1)
-    q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + q_head * stride_qh
-    k_head = k + sequence * stride_kb + head * stride_kh
-    at = (sequence * num_queries + token) * (kv_heads * G) + q_head
+    q_row = q + q_at + token.to(tl.int64) * stride_qt + q_head * stride_qh
+    k_head = k + k_at + head * stride_kh
+    at = (first_row + token) * (kv_heads * G) + q_head
     shift = tl.load(lse + at, mask=exists & (visible > 0), other=float("inf")) * lse_scale
     query = load_queries(q_row, row >= 0, D, D0, D1, SLICE, True)
 
@@ -221,6 +226,7 @@ def block_scores(
     lse: torch.Tensor,
     lse_scale: float,
     starts: tuple[torch.Tensor | None, int],
+    layout: Layout,
     config: NSAConfig,
     launch: Launch,
     *,
@@ -238,14 +244,16 @@ def block_scores(
         k,
         lse,
         scores,
+        layout.q_bounds,
+        layout.k_bounds,
         *starts,
-        q.shape[1],
-        k.shape[1],
+        layout.num_queries,
+        layout.num_keys,
         config.num_kv_heads,
         config.compression_block_size,
         config.compression_stride,
         first_item,
-        q.shape[0] * config.num_kv_heads,
+        layout.sequences * config.num_kv_heads,
         scores.shape[1],
         config.selection_block_size,
         config.scale * LOG2E,
@@ -301,7 +309,7 @@ def static(config: NSAConfig, launch: Launch) -> dict[str, Any]:
         "kernel": _scores_kernel,
         "name": f"scores_d{config.head_dim}",
         "signature": signature(_SCORE_LENGTHS) | {"scores": "*fp32:16", "lse_scale": "fp32"},
-        "constexprs": {"starts": None, **_constexprs(config, torch.bfloat16, launch)},
+        "constexprs": {**ONE_LENGTH, **_constexprs(config, torch.bfloat16, launch)},
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

@@ -39,6 +39,7 @@ from nsa.kernels._tiles import (
     first_position,
     load_queries,
     padded,
+    rows_of,
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, BlockLists, lists_of_blocks, popcount
 
@@ -50,15 +51,16 @@ _MERGE_ROWS = 16
 
 
 _PLACE_LENGTHS = [
-    *("num_tokens", "num_blocks", "num_tiles", "q_start", "token_start", "head_start", "slots"),
+    *("num_tokens", "num_queries", "num_blocks", "num_tiles"),
+    *("q_start", "token_start", "head_start", "slots"),
 ]
 
 
 @triton.jit(do_not_specialize=_PLACE_LENGTHS)
 def _place_kernel(
-    indices, starts, words, ranks, ends, totals, queries, places,
+    indices, words, ranks, ends, totals, queries, places, q_bounds, starts,
     stride_ib, stride_it, stride_ih, stride_in,
-    num_tokens, num_blocks, num_tiles, q_start, token_start, head_start, slots,
+    num_tokens, num_queries, num_blocks, num_tiles, q_start, token_start, head_start, slots,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
     SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -69,15 +71,17 @@ def _place_kernel(
     head = head_start + local
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, SLOTS)
-    inside = (token < num_tokens)[:, None] & (slot < slots)[None, :]
     row = token.to(tl.int64) + token_start
-    source = indices + head // HEADS * stride_ib + head % HEADS * stride_ih + row * stride_it
+    first, num_queries = rows_of(q_bounds, head // HEADS, num_queries, stride_ib, stride_it)
+    exists = (token < num_tokens) & (row < num_queries)
+    inside = exists[:, None] & (slot < slots)[None, :]
+    source = indices + first + head % HEADS * stride_ih + row * stride_it
     at = source[:, None] + slot.to(tl.int64)[None, :] * stride_in
     index = tl.load(at, mask=inside, other=-1).to(tl.int64)
     position = first_position(starts, q_start, head // HEADS) + row
     chosen = (index >= 0) & (index < num_blocks) & (index * BLOCK_SIZE <= position[:, None])
     for earlier in range(slots - 1):
-        other = tl.load(source + tl.cast(earlier, tl.int64) * stride_in, mask=token < num_tokens, other=-1)
+        other = tl.load(source + tl.cast(earlier, tl.int64) * stride_in, mask=exists, other=-1)
         chosen = chosen & ((index != other.to(tl.int64)[:, None]) | (slot <= earlier)[None, :])
     block = local * num_blocks + index
     word = block * num_tiles + (token // TOKENS)[:, None]
@@ -90,13 +94,13 @@ def _place_kernel(
     tl.store(target, tl.where(chosen, place, -1).to(tl.int32), mask=inside)
 
 
-_LENGTHS = ["q_start", "num_keys", "kv_heads", "head_start", "num_lists", "num_blocks"]
+_LENGTHS = ["q_start", "num_queries", "num_keys", "kv_heads", "head_start", "num_lists", "num_blocks"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _block_kernel(
-    q, k, v, part, part_lse, starts, owners, last_tiles, ends, totals, queries,
-    q_start, num_keys, kv_heads, head_start, num_lists, num_blocks, scale_log2,
+    q, k, v, part, part_lse, owners, last_tiles, ends, totals, queries, q_bounds, k_bounds, starts,
+    q_start, num_queries, num_keys, kv_heads, head_start, num_lists, num_blocks, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     G: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PIECES: tl.constexpr,
@@ -117,6 +121,9 @@ def _block_kernel(
     head = head_start + owner // num_blocks
     block = owner % num_blocks
     sequence, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    q_at, _ = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    v_at, _ = rows_of(k_bounds, sequence, num_keys, stride_vb, stride_vs)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_ks)
 
     row = tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     within = row // G
@@ -126,10 +133,10 @@ def _block_kernel(
     position = first_position(starts, q_start, sequence) + token
     limit = tl.where(exists, tl.minimum(position, num_keys - 1), -1).to(tl.int32)
 
-    q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + (kv_head * G + row % G) * stride_qh
+    q_row = q + q_at + token.to(tl.int64) * stride_qt + (kv_head * G + row % G) * stride_qh
     q0, q1 = load_queries(q_row, exists, D, D0, D1)
-    k_head = k + sequence * stride_kb + kv_head * stride_kh
-    v_head = v + sequence * stride_vb + kv_head * stride_vh
+    k_head = k + k_at + kv_head * stride_kh
+    v_head = v + v_at + kv_head * stride_vh
     column = tl.arange(0, BLOCK_N)
     # Keys after the last query are not read.
     end = tl.minimum(block * BLOCK_SIZE + BLOCK_SIZE, tl.max(limit, 0) + 1)
@@ -152,7 +159,7 @@ _MERGE_LENGTHS = ["num_queries", "kv_heads", "head_start", "token_start", "num_t
 
 @triton.jit(do_not_specialize=_MERGE_LENGTHS)
 def _merge_kernel(
-    o, lse, part, part_lse, places,
+    o, lse, part, part_lse, places, q_bounds,
     num_queries, kv_heads, head_start, token_start, num_tokens, slots,
     G: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -161,7 +168,8 @@ def _merge_kernel(
     head = head_start + local
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = (row // G).to(tl.int64)
-    exists = token < num_tokens
+    first_row, num_queries = rows_of(q_bounds, head // kv_heads, num_queries, num_queries, 1)
+    exists = (token < num_tokens) & (token_start + token < num_queries)
     slot_of = places + (local * num_tokens + token) * slots
     dv = tl.arange(0, DV_PADDED)
     acc = tl.zeros((ROWS, DV_PADDED), tl.float32)
@@ -179,7 +187,7 @@ def _merge_kernel(
         some = tl.load(part + at[:, None] * DV + dv[None, :], mask=mask, other=0.0).to(tl.float32)
         acc = acc * shrink[:, None] + some * grow[:, None]
         m, l = m_new, l * shrink + grow
-    at = (head // kv_heads * num_queries + token_start + token) * (kv_heads * G)
+    at = (first_row + token_start + token) * (kv_heads * G)
     at += head % kv_heads * G + row % G
     store_rows(o, lse, at, exists, acc, m, l, DV, DV_PADDED)
 
@@ -201,10 +209,9 @@ def attend_by_keys(
     """``(o, lse)`` of selected attention; last dims of ``q``, ``k`` and ``v`` are contiguous."""
     o, lse = empty_outputs(q, v, config)
     launch = choose(config, q.dtype, capability(q.device))
-    for heads, rows in chunks(asked, q.shape[1], config, q.dtype.itemsize):
-        if not asked.slots or not asked.blocks_before(rows.stop):
-            o[:, rows.start : rows.stop], lse[:, rows.start : rows.stop] = 0.0, float("-inf")
-            continue
+    if not asked.slots or not asked.num_blocks:
+        return o.zero_(), lse.fill_(float("-inf"))
+    for heads, rows in chunks(asked, asked.layout.num_queries, config, q.dtype.itemsize):
         _attend_chunk(q, k, v, o, lse, asked, config, launch, heads, rows)
     return o, lse
 
@@ -223,7 +230,7 @@ def _attend_chunk(
 ) -> None:
     """``rows`` of KV heads ``heads`` of all sequences' into ``o`` and ``lse``."""
     constants, kv_heads, group = constexprs(config, launch), config.num_kv_heads, config.group_size
-    lists = lists_of_blocks(asked, rows, heads)
+    lists, layout = lists_of_blocks(asked, rows, heads), asked.layout
     totals = lists.totals.flatten()
     tiles = (totals + (constants["TOKENS"] - 1)).div_(constants["TOKENS"], rounding_mode="floor")
     ends, last_tiles = totals.cumsum(0), tiles.cumsum(0)
@@ -235,14 +242,16 @@ def _attend_chunk(
     part = torch.empty((queries.numel(), group, config.v_dim), dtype=q.dtype, device=q.device)
     part_lse = torch.empty(part.shape[:2], dtype=torch.float32, device=q.device)
     _block_kernel[(programs * constants["PARTS"],)](
-        q, k, v, part, part_lse, asked.starts, owners, last_tiles, ends, totals, queries,
-        asked.q_start, k.shape[1], kv_heads, heads.start, totals.numel(), lists.totals.shape[1],
-        config.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, part, part_lse, owners, last_tiles, ends, totals, queries,
+        layout.q_bounds, layout.k_bounds, asked.starts,
+        asked.q_start, layout.num_queries, layout.num_keys,
+        kv_heads, heads.start, totals.numel(), lists.totals.shape[1], config.scale * LOG2E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     _merge_kernel[(triton.cdiv(len(rows) * group, _MERGE_ROWS), len(heads))](
-        o, lse, part, part_lse, places,
-        q.shape[1], kv_heads, heads.start, rows.start, len(rows), asked.slots,
+        o, lse, part, part_lse, places, layout.q_bounds,
+        layout.num_queries, kv_heads, heads.start, rows.start, len(rows), asked.slots,
         G=group, DV=config.v_dim, DV_PADDED=padded(config.v_dim), ROWS=_MERGE_ROWS,
     )  # fmt: skip
 
@@ -258,8 +267,10 @@ def _place(
     slots = 1 << (asked.slots - 1).bit_length()
     step = max(1, _PLACE_ENTRIES // slots)
     _place_kernel[(triton.cdiv(len(rows), step), len(heads))](
-        asked.indices, asked.starts, lists.words, lists.ranks, ends, lists.totals, queries, places,
-        *asked.indices.stride(), len(rows), lists.words.shape[1], lists.words.shape[2],
+        asked.indices, lists.words, lists.ranks, ends, lists.totals, queries, places,
+        asked.layout.q_bounds, asked.starts,
+        *asked.indices.stride(),
+        len(rows), asked.layout.num_queries, lists.words.shape[1], lists.words.shape[2],
         asked.q_start, rows.start, heads.start, asked.slots,
         HEADS=asked.indices.shape[2], BLOCK_SIZE=asked.block_size, TOKENS=MOST_TOKENS,
         SLOTS=slots, ROWS=step,
@@ -326,11 +337,12 @@ def static() -> Iterator[dict[str, Any]]:
             "kernel": _merge_kernel,
             "name": f"kv_outer_merge_dv{value_dim}",
             "signature": parts | output | {"places": "*i32:16"} | dict.fromkeys(_MERGE_LENGTHS, "i32"),
-            "constexprs": constants,
+            "constexprs": {"q_bounds": None, **constants},
         }
     lists = dict.fromkeys(("indices", "words", "ranks", "totals", "queries", "places"), "*i32:16")
+    constants = {"HEADS": 4, "BLOCK_SIZE": 64, "TOKENS": MOST_TOKENS, "SLOTS": 16, "ROWS": 64}
     yield {
         "kernel": _place_kernel,
         "signature": lists | {"ends": "*i64:16"} | dict.fromkeys(_PLACE_LENGTHS, "i32") | INDEX_TYPES,
-        "constexprs": {"starts": None, "HEADS": 4, "BLOCK_SIZE": 64, "TOKENS": 32, "SLOTS": 16, "ROWS": 64},
+        "constexprs": {"q_bounds": None, "starts": None, **constants},
     }

@@ -17,6 +17,7 @@ import triton.language as tl
 from nsa.config import NSAConfig
 from nsa.kernels._tiles import (
     KIB,
+    ONE_LENGTH,
     SYSTEM_KIB,
     Launch,
     dot,
@@ -139,7 +140,7 @@ def offered(
         "kernel": kernel,
         "name": f"{name}_d{constants['D']}_{constants['DV']}{arch}",
         "signature": types,
-        "constexprs": {"starts": None, **constants},
+        "constexprs": {**ONE_LENGTH, **constants},
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

@@ -18,7 +18,9 @@ import triton.language as tl
 from nsa.config import NSAConfig
 from nsa.kernels._tiles import (
     LOG2E,
+    ONE_LENGTH,
     Launch,
+    Layout,
     Output,
     capability,
     dims,
@@ -31,6 +33,7 @@ from nsa.kernels._tiles import (
     on_its_device,
     online_softmax,
     padded,
+    rows_of,
     split,
     starts,
     unit_stride,
@@ -96,6 +99,8 @@ def _attention_kernel(
     v,
     o,
     lse,
+    q_bounds,
+    k_bounds,
     starts,
     q_start,
     num_queries,
@@ -130,6 +135,12 @@ def _attention_kernel(
     tile = tiles - 1 - tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % kv_heads
     sequence = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
+    first_row, _ = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
+    q_at, num_queries = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    v_at, _ = rows_of(k_bounds, sequence, num_keys, stride_vb, stride_vs)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_ks)
+    if q_bounds is not None and tile * BLOCK_M >= num_queries * G:  # of a shorter sequence
+        return
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < num_queries * G
@@ -139,11 +150,11 @@ def _attention_kernel(
     end = _end(start + token, num_keys, block, stride)
 
     q_head = head * G + row % G
-    q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + q_head.to(tl.int64) * stride_qh
+    q_row = q + q_at + token.to(tl.int64) * stride_qt + q_head.to(tl.int64) * stride_qh
     q0, q1 = load_queries(q_row, exists, D, D0, D1)
     d0 = tl.arange(0, D0)
-    k_head = k + sequence * stride_kb + tl.cast(head, tl.int64) * stride_kh
-    v_head = v + sequence * stride_vb + tl.cast(head, tl.int64) * stride_vh
+    k_head = k + k_at + tl.cast(head, tl.int64) * stride_kh
+    v_head = v + v_at + tl.cast(head, tl.int64) * stride_vh
 
     earliest = start + tile * BLOCK_M // G
     latest = start + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
@@ -178,7 +189,7 @@ def _attention_kernel(
     out, log_sum = finish(acc, m, l)
 
     # (B,T,HQ): a token's heads are neighbours.
-    at = (sequence * num_queries + token) * (kv_heads * G) + q_head
+    at = (first_row + token) * (kv_heads * G) + q_head
     tl.store(lse + at, log_sum, mask=exists)
     mask = exists[:, None] & (dv < DV)[None, :]
     tl.store(o + at[:, None] * DV + dv[None, :], out.to(o.dtype.element_ty), mask=mask)
@@ -191,35 +202,37 @@ def attend(
     v: torch.Tensor,
     config: NSAConfig,
     q_start: int | torch.Tensor,
+    layout: Layout,
     *,
     block: int = 1,
     stride: int = 1,
     window: int = NO_WINDOW,
 ) -> Output:
     """``q (B,T,HQ,D), k (B,S,H,D), v (B,S,H,DV) -> o (B,T,HQ,DV), lse (B,T,HQ)`` over the range of each
-    query.
+    query; ``B = 1`` where ``layout`` is of packed sequences.
     """
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     o, lse = empty_outputs(q, v, config)
     if not o.numel():
         return o, lse
-    batch, num_queries = q.shape[:2]
-    rows = num_queries * config.group_size
+    rows = layout.num_queries * config.group_size
     # fp16 and bf16 take a GPU's tiles in the interpreter, too; those of fp32 would take it minutes.
     if interpreted() and q.dtype == torch.float32:
         launch = _INTERPRETED
     else:
         launch = choose(rows, config.head_dim, config.v_dim, q.dtype, capability(q.device))
-    grid = (triton.cdiv(rows, launch.block_m) * config.num_kv_heads * batch,)
+    grid = (triton.cdiv(rows, launch.block_m) * config.num_kv_heads * layout.sequences,)
     _attention_kernel[grid](
         q,
         k,
         v,
         o,
         lse,
+        layout.q_bounds,
+        layout.k_bounds,
         *starts(q_start, q),
-        num_queries,
-        k.shape[1],
+        layout.num_queries,
+        layout.num_keys,
         config.num_kv_heads,
         block,
         stride,
@@ -277,7 +290,7 @@ def static(branch: str) -> tuple[dict[str, Any], ...]:
                     "kernel": _attention_kernel,
                     "name": "_".join([branch, f"d{head_dim}_{value_dim}", *others]),
                     "signature": signature,
-                    "constexprs": {"starts": None, **constexprs(16, head_dim, value_dim, launch)},
+                    "constexprs": {**ONE_LENGTH, **constexprs(16, head_dim, value_dim, launch)},
                     "num_warps": launch.num_warps,
                     "num_stages": launch.num_stages,
                 }

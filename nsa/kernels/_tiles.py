@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -19,6 +19,7 @@ import triton.language as tl
 
 from nsa.config import NSAConfig
 from nsa.kernels._installed import interpreted
+from nsa.packing import Packed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,6 +101,30 @@ def shared_kib(arch: tuple[int, int]) -> int:
     return _SHARED_KIB.get(arch, _SHARED_KIB_LEAST)
 
 
+# Of a kernel's arguments, those that are None where all sequences have one length and start at an int.
+ONE_LENGTH: dict[str, Any] = dict.fromkeys(("q_bounds", "k_bounds", "starts"))
+
+
+class Layout(NamedTuple):
+    """How many sequences there are, queries and keys of the longest, and, of packed ones, their bounds."""
+
+    sequences: int
+    num_queries: int
+    num_keys: int
+    q_bounds: torch.Tensor | None
+    k_bounds: torch.Tensor | None
+
+
+def layout_of(q: torch.Tensor, k: torch.Tensor, packed: Packed | None, *, by_blocks: bool = False) -> Layout:
+    """Of ``q (B,T,...)`` and ``k (B,S,...)``; where packed, ``(1,T,...)`` and ``(1,S,...)``, keys being
+    compressed blocks if ``by_blocks``, else tokens.
+    """
+    if packed is None:
+        return Layout(q.shape[0], q.shape[1], k.shape[1], None, None)
+    each, bounds = (packed.blocks_each, packed.blocks) if by_blocks else (packed.lengths, packed.tokens)
+    return Layout(len(packed.lengths), packed.longest, max(each), packed.tokens, bounds)
+
+
 def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself where its last dim is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
@@ -127,6 +152,18 @@ def first_position(starts, q_start, sequence):
         return tl.cast(q_start, tl.int64)
     else:
         return tl.load(starts + sequence).to(tl.int64)
+
+
+@triton.jit
+def rows_of(bounds, sequence, num_rows, stride_batch, stride_row):
+    """Where a sequence's rows begin, in elements, and how many it has: ``num_rows``, or where sequences are
+    packed, what is between its ``bounds``.
+    """
+    if bounds is None:
+        return sequence * stride_batch, num_rows
+    else:
+        begin = tl.load(bounds + sequence)
+        return begin.to(tl.int64) * stride_row, tl.load(bounds + sequence + 1) - begin
 
 
 @triton.jit

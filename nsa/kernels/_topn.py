@@ -15,7 +15,7 @@ import triton.language as tl
 
 from nsa.config import NSAConfig
 from nsa.kernels._installed import interpreted
-from nsa.kernels._tiles import first_position
+from nsa.kernels._tiles import Layout, first_position, rows_of
 
 # Predicted: one warp holds a segment of 4 rows in 8 registers a thread and never waits for another warp;
 # twice the segment leaves room for three quarters of the warps. The interpreter's time goes by programs.
@@ -67,6 +67,7 @@ _LENGTHS = [
 def _top_n_kernel(
     scores,
     chosen,
+    q_bounds,
     starts,
     q_start,
     first_item,
@@ -94,6 +95,7 @@ def _top_n_kernel(
     row = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     token = (tl.cdiv(num_queries, TOKENS) - 1 - item // heads) * TOKENS + row
     sequence = (item % heads // kv_heads).to(tl.int64)
+    first_row, num_queries = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
 
     own = (first_position(starts, q_start, sequence).to(tl.int32) + token) // block_size
     end = tl.where(token < num_queries, tl.minimum(own + 1, num_blocks), 0)
@@ -103,7 +105,7 @@ def _top_n_kernel(
 
     scores += local_item.to(tl.int64) * width * TOKENS
     begin = token - row  # of the item
-    chosen += ((sequence * num_queries + begin) * kv_heads + item % kv_heads) * n
+    chosen += ((first_row + begin) * kv_heads + item % kv_heads) * n
     # 32-bit offsets of the rows' first slots, and of the first one after the initial blocks.
     out = row * kv_heads * n
     free = (out + first)[None, :]
@@ -150,6 +152,7 @@ def top_n(
     chosen: torch.Tensor,
     scores: torch.Tensor,
     starts: tuple[torch.Tensor | None, int],
+    layout: Layout,
     config: NSAConfig,
     *,
     num_blocks: int,
@@ -163,15 +166,16 @@ def top_n(
     from ``num_blocks`` on.
     """
     _, width, tokens = scores.shape
-    batch, num_queries, kv_heads, n = chosen.shape
+    kv_heads, n = chosen.shape[2:]
     shape = _constexprs(config, tokens)
     _top_n_kernel[(num_items * (tokens // shape["ROWS"]),)](
         scores,
         chosen,
+        layout.q_bounds,
         *starts,
         first_item,
-        num_queries,
-        batch * kv_heads,
+        layout.num_queries,
+        layout.sequences * kv_heads,
         kv_heads,
         width,
         num_blocks,
@@ -196,6 +200,6 @@ def static(config: NSAConfig, tokens: int) -> dict[str, Any]:
         "kernel": _top_n_kernel,
         "name": "top_n",
         "signature": {"scores": "*fp32:16", "chosen": "*i32:16", **dict.fromkeys(_LENGTHS, "i32")},
-        "constexprs": {"starts": None, **_constexprs(config, tokens)},
+        "constexprs": {"q_bounds": None, "starts": None, **_constexprs(config, tokens)},
         "num_warps": NUM_WARPS,
     }

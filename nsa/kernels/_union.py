@@ -18,7 +18,8 @@ import triton.language as tl
 
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
-from nsa.kernels._tiles import first_position, starts
+from nsa.kernels._tiles import Layout, first_position, layout_of, rows_of, starts
+from nsa.packing import Packed
 
 MOST_TOKENS = 32
 # Words and lists of one chunk of queries, all KV heads together.
@@ -29,25 +30,26 @@ _COMPACT_WORDS = 1024
 _RANK_WORDS = 1024
 
 
-_MARK_LENGTHS = ["num_tokens", "num_blocks", "q_start", "token_start", "head_start", "slots"]
+_MARK_LENGTHS = ["num_tokens", "num_queries", "num_blocks", "q_start", "token_start", "head_start", "slots"]
 _COMPACT_LENGTHS = ["num_tiles", "num_blocks", "capacity"]
 
 
 @triton.jit(do_not_specialize=_MARK_LENGTHS)
 def _mark_kernel(
-    indices, starts, words,
+    indices, words, q_bounds, starts,
     stride_b, stride_t, stride_h, stride_n,
     stride_head, stride_tile, stride_block,
-    num_tokens, num_blocks, q_start, token_start, head_start, slots,
+    num_tokens, num_queries, num_blocks, q_start, token_start, head_start, slots,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ``BLOCK`` of the ``num_tokens * slots`` indices of one (sequence, KV head) into words."""
     head = head_start + tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token, slot = entry // slots, entry % slots
-    inside = token < num_tokens
     row = token.to(tl.int64) + token_start
-    source = indices + head // HEADS * stride_b + head % HEADS * stride_h
+    first, num_queries = rows_of(q_bounds, head // HEADS, num_queries, stride_b, stride_t)
+    inside = (token < num_tokens) & (row < num_queries)
+    source = indices + first + head % HEADS * stride_h
     index = tl.load(source + row * stride_t + slot * stride_n, mask=inside, other=-1).to(tl.int64)
     position = first_position(starts, q_start, head // HEADS) + row
     # A block that begins after the query is never attended, whoever put it in the list.
@@ -108,12 +110,14 @@ def _rank_kernel(words, ranks, totals, num_tiles, WORDS: tl.constexpr):
 
 @dataclass(frozen=True)
 class Asked:
-    """Whose blocks are asked for: ``indices (B,T,H,N)``, and the first query's position, as kernels take it.
+    """Whose blocks are asked for: ``indices (B,T,H,N)`` of sequences laid out as ``layout`` says, and the
+    first query's position, as kernels take it.
 
-    ``block_size`` is l'. Blocks from ``num_blocks`` on do not exist and are ignored.
+    ``block_size`` is l'. Blocks from ``num_blocks`` on do not exist in any sequence and are ignored.
     """
 
     indices: torch.Tensor
+    layout: Layout
     starts: torch.Tensor | None
     q_start: int
     block_size: int
@@ -121,17 +125,22 @@ class Asked:
 
     @classmethod
     def of(
-        cls, indices: torch.Tensor, q_start: int | torch.Tensor, num_keys: int, config: NSAConfig
+        cls,
+        indices: torch.Tensor,
+        q_start: int | torch.Tensor,
+        keys: torch.Tensor,
+        config: NSAConfig,
+        packed: Packed | None,
     ) -> Asked:
         """The request of a branch's arguments."""
         first, start = starts(q_start, indices)
-        size = config.selection_block_size
-        return cls(indices, first, start, size, num_selection_blocks(num_keys, config))
+        layout, size = layout_of(indices, keys, packed), config.selection_block_size
+        return cls(indices, layout, first, start, size, num_selection_blocks(layout.num_keys, config))
 
     @property
     def heads(self) -> int:
-        """``B * H``."""
-        return self.indices.shape[0] * self.indices.shape[2]
+        """KV heads of all sequences."""
+        return self.layout.sequences * self.indices.shape[2]
 
     @property
     def slots(self) -> int:
@@ -180,8 +189,9 @@ def mark(asked: Asked, rows: range, heads: range, tokens: int, *, by_block: bool
         steps = (words.stride(2), words.stride(1)) if by_block else (words.stride(1), words.stride(2))
         grid = (triton.cdiv(len(rows) * asked.slots, _MARK_BLOCK), len(heads))
         _mark_kernel[grid](
-            asked.indices, asked.starts, words, *asked.indices.stride(), words.stride(0), *steps,
-            len(rows), blocks, asked.q_start, rows.start, heads.start, asked.slots,
+            asked.indices, words, asked.layout.q_bounds, asked.starts,
+            *asked.indices.stride(), words.stride(0), *steps,
+            len(rows), asked.layout.num_queries, blocks, asked.q_start, rows.start, heads.start, asked.slots,
             HEADS=asked.indices.shape[2], BLOCK_SIZE=asked.block_size, TOKENS=tokens, BLOCK=_MARK_BLOCK,
         )  # fmt: skip
     return words
@@ -222,11 +232,12 @@ def tile_chunks(asked: Asked, num_rows: int, tokens: int) -> list[range]:
 def static() -> Iterator[dict[str, Any]]:
     """What a compiler is given to judge the kernels by: blocks of 64, tiles of 4 tokens."""
     words = {"words": "*i32:16"}
+    constants = {"HEADS": 4, "BLOCK_SIZE": 64, "TOKENS": 4, "BLOCK": _MARK_BLOCK}
     strides = (f"stride_{name}" for name in ("b", "t", "h", "n", "head", "tile", "block"))
     yield {
         "kernel": _mark_kernel,
         "signature": words | {"indices": "*i32:16"} | dict.fromkeys((*_MARK_LENGTHS, *strides), "i32"),
-        "constexprs": {"starts": None, "HEADS": 4, "BLOCK_SIZE": 64, "TOKENS": 4, "BLOCK": _MARK_BLOCK},
+        "constexprs": {"q_bounds": None, "starts": None, **constants},
     }
     lists = dict.fromkeys(("units", "members", "counts"), "*i32:16")
     yield {

@@ -6,7 +6,8 @@ import torch
 
 from nsa.config import NSAConfig
 from nsa.kernels._ranges import attend, static
-from nsa.kernels._tiles import Output
+from nsa.kernels._tiles import Output, layout_of
+from nsa.packing import Packed
 
 STATIC = static("compressed")
 
@@ -18,7 +19,9 @@ def compressed_attention(
     config: NSAConfig,
     *,
     q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.compressed_attention`; fp32, fp16 or bf16, forward only."""
     block, stride = config.compression_block_size, config.compression_stride
-    return attend(q, k_cmp, v_cmp, config, q_start, block=block, stride=stride)
+    layout = layout_of(q, k_cmp, packed, by_blocks=True)
+    return attend(q, k_cmp, v_cmp, config, q_start, layout, block=block, stride=stride)

@@ -40,15 +40,18 @@ from nsa.kernels._tiles import (
     dims,
     empty_outputs,
     first_position,
+    layout_of,
     load_queries,
     on_its_device,
     padded,
+    rows_of,
     split,
     starts,
     unit_stride,
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, lists_of_tiles, tile_chunks
 from nsa.kernels._union import static as static_lists
+from nsa.packing import Packed
 
 _UNION_LENGTHS = [
     "q_start",
@@ -64,7 +67,7 @@ _UNION_LENGTHS = [
 
 @triton.jit(do_not_specialize=_UNION_LENGTHS)
 def _union_kernel(
-    q, k, v, o, lse, words, units, members, counts, starts,
+    q, k, v, o, lse, words, units, members, counts, q_bounds, k_bounds, starts,
     q_start, num_queries, num_keys, kv_heads, token_start, num_tiles, num_blocks, capacity, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     G: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr,
@@ -80,6 +83,10 @@ def _union_kernel(
     tile = tl.program_id(0) // PARTS % num_tiles
     head = tl.program_id(0) // PARTS // num_tiles
     sequence, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    first_row, _ = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
+    q_at, num_queries = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    v_at, _ = rows_of(k_bounds, sequence, num_keys, stride_vb, stride_vs)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_ks)
 
     row = tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     within = row // G
@@ -93,10 +100,10 @@ def _union_kernel(
     limit = tl.where(exists, tl.minimum(position, num_keys - 1), -1).to(tl.int32)
 
     q_head = kv_head * G + row % G
-    q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + q_head * stride_qh
+    q_row = q + q_at + token.to(tl.int64) * stride_qt + q_head * stride_qh
     q0, q1 = load_queries(q_row, exists, D, D0, D1)
-    k_head = k + sequence * stride_kb + kv_head * stride_kh
-    v_head = v + sequence * stride_vb + kv_head * stride_vh
+    k_head = k + k_at + kv_head * stride_kh
+    v_head = v + v_at + kv_head * stride_vh
 
     at_tile = tl.cast(head, tl.int64) * num_tiles + tile
     units += at_tile * capacity
@@ -128,7 +135,7 @@ def _union_kernel(
             acc, m, l, q0, q1, k_head, v_head, stride_ks, stride_vs, start, column, end - start, seen,
             scale_log2, D, D0, D1, DV, DV_PADDED,
         )  # fmt: skip
-    at = (sequence * num_queries + token) * (kv_heads * G) + q_head
+    at = (first_row + token) * (kv_heads * G) + q_head
     store_rows(o, lse, at, exists, acc, m, l, DV, DV_PADDED)
 
 
@@ -137,7 +144,7 @@ _QUERY_LENGTHS = ["q_start", "num_queries", "num_keys", "kv_heads", "slots"]
 
 @triton.jit(do_not_specialize=_QUERY_LENGTHS)
 def _query_kernel(
-    q, k, v, o, lse, indices, starts,
+    q, k, v, o, lse, indices, q_bounds, k_bounds, starts,
     q_start, num_queries, num_keys, kv_heads, slots, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_ib, stride_it, stride_ih, stride_in,
@@ -150,6 +157,13 @@ def _query_kernel(
     token = tl.program_id(0) // PARTS % num_queries
     head = tl.program_id(0) // PARTS // num_queries
     sequence, kv_head = (head // kv_heads).to(tl.int64), (head % kv_heads).to(tl.int64)
+    first_row, _ = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
+    index_at, _ = rows_of(q_bounds, sequence, num_queries, stride_ib, stride_it)
+    q_at, num_queries = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    v_at, _ = rows_of(k_bounds, sequence, num_keys, stride_vb, stride_vs)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_ks)
+    if q_bounds is not None and token >= num_queries:  # of a shorter sequence
+        return
 
     row = tl.program_id(0) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < G
@@ -157,12 +171,12 @@ def _query_kernel(
     limit = tl.minimum(position, num_keys - 1).to(tl.int32)
 
     q_head = kv_head * G + row
-    q_row = q + sequence * stride_qb + tl.cast(token, tl.int64) * stride_qt + q_head * stride_qh
+    q_row = q + q_at + tl.cast(token, tl.int64) * stride_qt + q_head * stride_qh
     q0, q1 = load_queries(q_row, exists, D, D0, D1)
-    k_head = k + sequence * stride_kb + kv_head * stride_kh
-    v_head = v + sequence * stride_vb + kv_head * stride_vh
+    k_head = k + k_at + kv_head * stride_kh
+    v_head = v + v_at + kv_head * stride_vh
 
-    indices += sequence * stride_ib + tl.cast(token, tl.int64) * stride_it + kv_head * stride_ih
+    indices += index_at + tl.cast(token, tl.int64) * stride_it + kv_head * stride_ih
     slot = tl.arange(0, SLOTS)
     every = tl.load(indices + slot.to(tl.int64) * stride_in, mask=slot < slots, other=-1).to(tl.int32)
     column = tl.arange(0, BLOCK_N)
@@ -182,7 +196,7 @@ def _query_kernel(
             acc, m, l, q0, q1, k_head, v_head, stride_ks, stride_vs, start, column, end - start, seen,
             scale_log2, D, D0, D1, DV, DV_PADDED,
         )  # fmt: skip
-    at = (sequence * num_queries + token) * (kv_heads * G) + q_head
+    at = (first_row + token) * (kv_heads * G) + q_head
     store_rows(o, lse, at, exists, acc, m, l, DV, DV_PADDED)
 
 
@@ -223,18 +237,19 @@ def selected_attention(
     config: NSAConfig,
     *,
     q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.selected_attention`; fp32, fp16 or bf16, forward only.
 
     Query-major for few queries, kv-outer for small groups, else union: chosen by shapes alone.
     """
-    if q.shape[1] < QUERY_MAJOR_BELOW:
+    if (packed.longest if packed else q.shape[1]) < QUERY_MAJOR_BELOW:
         way = selected_attention_query_major
     elif config.group_size <= KV_OUTER_UP_TO:
         way = selected_attention_kv_outer
     else:
         way = selected_attention_union
-    return way(q, k, v, block_indices, config, q_start=q_start)
+    return way(q, k, v, block_indices, config, q_start=q_start, packed=packed)
 
 
 @on_its_device
@@ -246,6 +261,7 @@ def selected_attention_union(
     config: NSAConfig,
     *,
     q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.selected_attention`: tiles of neighbouring tokens over the union of their
     blocks.
@@ -256,13 +272,15 @@ def selected_attention_union(
         return o, lse
     launch = choose_union(config, q.dtype, capability(q.device))
     constants = union_constants(config, launch)
-    asked = Asked.of(block_indices, q_start, k.shape[1], config)
-    for rows in tile_chunks(asked, q.shape[1], constants["TOKENS"]):
+    asked = Asked.of(block_indices, q_start, k, config, packed)
+    layout = asked.layout
+    for rows in tile_chunks(asked, layout.num_queries, constants["TOKENS"]):
         lists = lists_of_tiles(asked, rows, constants["TOKENS"], constants["PER_UNIT"])
         heads, tiles, capacity = lists.units.shape
         _union_kernel[(heads * tiles * constants["PARTS"],)](
-            q, k, v, o, lse, lists.words, lists.units, lists.members, lists.counts, asked.starts,
-            asked.q_start, q.shape[1], k.shape[1], config.num_kv_heads, rows.start,
+            q, k, v, o, lse, lists.words, lists.units, lists.members, lists.counts,
+            layout.q_bounds, layout.k_bounds, asked.starts,
+            asked.q_start, layout.num_queries, layout.num_keys, config.num_kv_heads, rows.start,
             tiles, lists.words.shape[2], capacity, config.scale * LOG2E,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -279,6 +297,7 @@ def selected_attention_query_major(
     config: NSAConfig,
     *,
     q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.selected_attention`: one token of one KV head at a time."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -287,11 +306,12 @@ def selected_attention_query_major(
         return o, lse
     launch = choose_query_major(config, q.dtype, capability(q.device))
     constants = query_constants(config, block_indices.shape[3], launch)
-    programs = q.shape[0] * config.num_kv_heads * q.shape[1] * constants["PARTS"]
+    layout = layout_of(q, k, packed)
+    programs = layout.sequences * config.num_kv_heads * layout.num_queries * constants["PARTS"]
     _query_kernel[(programs,)](
-        q, k, v, o, lse, block_indices, *starts(q_start, q),
-        q.shape[1], k.shape[1], config.num_kv_heads, block_indices.shape[3], config.scale * LOG2E,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *block_indices.stride(),
+        q, k, v, o, lse, block_indices, layout.q_bounds, layout.k_bounds, *starts(q_start, q),
+        layout.num_queries, layout.num_keys, config.num_kv_heads, block_indices.shape[3],
+        config.scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *block_indices.stride(),
         **constants, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return o, lse
@@ -306,9 +326,10 @@ def selected_attention_kv_outer(
     config: NSAConfig,
     *,
     q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.selected_attention`: each block of keys with the queries that selected it."""
-    asked = Asked.of(block_indices, q_start, k.shape[1], config)
+    asked = Asked.of(block_indices, q_start, k, config, packed)
     return attend_by_keys(unit_stride(q), unit_stride(k), unit_stride(v), asked, config)
 
 

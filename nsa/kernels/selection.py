@@ -33,13 +33,17 @@ from nsa.kernels._installed import interpreted
 from nsa.kernels._tiles import (
     KIB,
     LOG2E,
+    ONE_LENGTH,
     SYSTEM_KIB,
     Launch,
+    Layout,
     capability,
     dot,
     first_position,
+    layout_of,
     on_its_device,
     online_softmax,
+    rows_of,
     shared_kib,
     split,
     starts,
@@ -47,6 +51,7 @@ from nsa.kernels._tiles import (
 )
 from nsa.kernels._topn import static as static_top_n
 from nsa.kernels._topn import top_n
+from nsa.packing import Packed
 
 # Predicted: at 64k tokens each launch is some ten waves of blocks of an H200. With the lse of 64 heads, 16
 # MiB there, far from the 256 MiB that may be had.
@@ -77,7 +82,8 @@ def _lse_walk(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _lse_kernel(
-    q, k, lse, starts, q_start, num_queries, num_keys, kv_heads, block, stride, scale_log2,
+    q, k, lse, q_bounds, k_bounds, starts,
+    q_start, num_queries, num_keys, kv_heads, block, stride, scale_log2,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kc, stride_kh,
     G: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SLICE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -87,6 +93,11 @@ def _lse_kernel(
     tile = tiles - 1 - tl.program_id(0) % tiles
     head = (tl.program_id(0) // tiles % kv_heads).to(tl.int64)
     sequence = (tl.program_id(0) // tiles // kv_heads).to(tl.int64)
+    first_row, _ = rows_of(q_bounds, sequence, num_queries, num_queries, 1)
+    q_at, num_queries = rows_of(q_bounds, sequence, num_queries, stride_qb, stride_qt)
+    k_at, num_keys = rows_of(k_bounds, sequence, num_keys, stride_kb, stride_kc)
+    if q_bounds is not None and tile * BLOCK_M >= num_queries * G:  # of a shorter sequence
+        return
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < num_queries * G
@@ -94,8 +105,8 @@ def _lse_kernel(
     start = first_position(starts, q_start, sequence).to(tl.int32)
     end = visible_blocks(start + token, num_keys, block, stride)
     q_head = head * G + row % G
-    q_row = q + sequence * stride_qb + token.to(tl.int64) * stride_qt + q_head * stride_qh
-    k_head = k + sequence * stride_kb + head * stride_kh
+    q_row = q + q_at + token.to(tl.int64) * stride_qt + q_head * stride_qh
+    k_head = k + k_at + head * stride_kh
     query = load_queries(q_row, row >= 0, D, D0, D1, SLICE, False)
 
     seen_by_all = visible_blocks(start + tile * BLOCK_M // G, num_keys, block, stride) // BLOCK_N * BLOCK_N
@@ -111,7 +122,7 @@ def _lse_kernel(
         m, l, query, k_head, stride_kc, seen_by_all, stop, num_keys, end, scale_log2,
         D, D0, D1, SLICE, BLOCK_N, True,
     )  # fmt: skip
-    at = (sequence * num_queries + token) * (kv_heads * G) + q_head
+    at = (first_row + token) * (kv_heads * G) + q_head
     empty = l == 0.0
     total = m + tl.log2(tl.where(empty, 1.0, l))
     tl.store(lse + at, tl.where(empty, float("-inf"), total), mask=exists)
@@ -172,45 +183,44 @@ def select_blocks(
     *,
     q_start: int | torch.Tensor = 0,
     kv_len: int | None = None,
+    packed: Packed | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`nsa.reference.select_blocks`; fp32, fp16 or bf16."""
+    """See :func:`nsa.reference.select_blocks`; fp32, fp16 or bf16.
+
+    With ``lse (B,T,HQ)``, fp32, natural, of compressed attention it is half the work. ``kv_len`` is not asked
+    where sequences are packed.
+    """
     q, k_cmp = unit_stride(q), unit_stride(k_cmp)
+    layout = layout_of(q, k_cmp, packed, by_blocks=True)
+    if lse is not None:
+        return _select(q, k_cmp, lse.contiguous(), LOG2E, config, q_start, kv_len, layout)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if lse.numel() and k_cmp.shape[1]:
-        _lse(q, k_cmp, lse, config, q_start)
-    return _select(q, k_cmp, lse, 1.0, config, q_start, kv_len)
-
-
-@on_its_device
-@torch.no_grad()
-def select_blocks_with_lse(
-    q: torch.Tensor,
-    k_cmp: torch.Tensor,
-    lse: torch.Tensor,
-    config: NSAConfig,
-    *,
-    q_start: int | torch.Tensor = 0,
-    kv_len: int | None = None,
-) -> torch.Tensor:
-    """:func:`select_blocks` where ``lse (B,T,HQ)``, fp32, natural, of compressed attention is at hand: half
-    the work.
-    """
-    return _select(unit_stride(q), unit_stride(k_cmp), lse.contiguous(), LOG2E, config, q_start, kv_len)
+        _lse(q, k_cmp, lse, config, q_start, layout)
+    return _select(q, k_cmp, lse, 1.0, config, q_start, kv_len, layout)
 
 
 def _lse(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, config: NSAConfig, q_start: int | torch.Tensor
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    config: NSAConfig,
+    q_start: int | torch.Tensor,
+    layout: Layout,
 ) -> None:
     """Fill ``lse (B,T,HQ)`` with base-2 sums over the visible compressed blocks."""
     launch = settings(config, q.dtype, capability(q.device)).lse
-    rows = q.shape[1] * config.group_size
-    _lse_kernel[(triton.cdiv(rows, launch.block_m) * q.shape[0] * config.num_kv_heads,)](
+    programs = triton.cdiv(layout.num_queries * config.group_size, launch.block_m)
+    _lse_kernel[(programs * layout.sequences * config.num_kv_heads,)](
         q,
         k,
         lse,
+        layout.q_bounds,
+        layout.k_bounds,
         *starts(q_start, q),
-        q.shape[1],
-        k.shape[1],
+        layout.num_queries,
+        layout.num_keys,
         config.num_kv_heads,
         config.compression_block_size,
         config.compression_stride,
@@ -231,23 +241,25 @@ def _select(
     config: NSAConfig,
     q_start: int | torch.Tensor,
     kv_len: int | None,
+    layout: Layout,
 ) -> torch.Tensor:
     """``(B,T,H,n)`` from ``lse (B,T,HQ)``, contiguous, which times ``lse_scale`` is base 2."""
-    batch, rows = q.shape[:2]
-    shape = batch, rows, config.num_kv_heads, config.num_selected_blocks
+    rows, kv_heads = layout.num_queries, config.num_kv_heads
+    shape = *q.shape[:2], kv_heads, config.num_selected_blocks
     chosen = torch.empty(shape, dtype=torch.int32, device=q.device)
     launch = settings(config, q.dtype, capability(q.device)).scores
     tokens = tokens_of_item(config, launch)
-    items = triton.cdiv(rows, tokens) * batch * config.num_kv_heads
-    width, num_blocks = _extent(k.shape[1], rows, q_start, kv_len, config)
+    items = triton.cdiv(rows, tokens) * layout.sequences * kv_heads
+    kv_len = kv_len if layout.q_bounds is None else rows
+    width, num_blocks = _extent(layout.num_keys, rows, q_start, kv_len, config)
     held = max(1, min(items, SCRATCH_BYTES // (4 * tokens * max(1, width))))
     scores = torch.empty((held, width, tokens), dtype=torch.float32, device=q.device)
     begin = starts(q_start, q)
     for first in range(0, items, held):
         part = {"first_item": first, "num_items": min(held, items - first)}
         if width:
-            block_scores(scores, q, k, lse, lse_scale, begin, config, launch, **part)
-        top_n(chosen, scores, begin, config, num_blocks=num_blocks, **part)
+            block_scores(scores, q, k, lse, lse_scale, begin, layout, config, launch, **part)
+        top_n(chosen, scores, begin, layout, config, num_blocks=num_blocks, **part)
     return chosen
 
 
@@ -275,7 +287,7 @@ def _static_lse(config: NSAConfig, launch: Launch) -> dict[str, Any]:
         "kernel": _lse_kernel,
         "name": f"lse_d{config.head_dim}",
         "signature": signature(LENGTHS),
-        "constexprs": {"starts": None, **_constexprs(config, torch.bfloat16, launch)},
+        "constexprs": {**ONE_LENGTH, **_constexprs(config, torch.bfloat16, launch)},
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

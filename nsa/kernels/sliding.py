@@ -6,13 +6,21 @@ import torch
 
 from nsa.config import NSAConfig
 from nsa.kernels._ranges import attend, static
-from nsa.kernels._tiles import Output
+from nsa.kernels._tiles import Output, layout_of
+from nsa.packing import Packed
 
 STATIC = static("sliding")
 
 
 def sliding_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: NSAConfig, *, q_start: int | torch.Tensor = 0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: NSAConfig,
+    *,
+    q_start: int | torch.Tensor = 0,
+    packed: Packed | None = None,
 ) -> Output:
     """See :func:`nsa.reference.sliding_attention`; fp32, fp16 or bf16, forward only."""
-    return attend(q, k, v, config, q_start, window=config.window_size)
+    layout = layout_of(q, k, packed)
+    return attend(q, k, v, config, q_start, layout, window=config.window_size)
