@@ -64,6 +64,11 @@ def _row(branch: str, backend: str, module: str, refuse: Callable[[Request], str
     return Row(branch, backend, f"nsa.{module}:{FUNCTIONS[branch]}", refuse, **more)
 
 
+def _gather_by(what: str, refuse: Callable[[Request], str | None], **more: Any) -> Row:
+    target = f"nsa.backends.gather:selected_attention_by_{what}"
+    return Row("sel", f"gather:{what}", target, refuse, refusals.chosen_by_gather, **more)
+
+
 def _flash_row(
     generation: str, branch: str, refuse: Callable[[Request], str | None], variant: str = "", **more: Any
 ) -> Row:
@@ -87,17 +92,11 @@ def _newer(branch: str) -> tuple[Row, Row]:
 
 
 def _flex_rows(branch: str) -> tuple[Row, Row]:
-    module, name = "nsa.backends.flex", FUNCTIONS[branch]
-    fused = Row(
-        branch,
-        "flex",
-        f"{module}:COMPILED.{name}",
-        refusals.flex,
-        refusals.flex_by_name,
-        "cuda: fp32, fp16, bf16",
+    flex, name, avoid = "nsa.backends.flex", FUNCTIONS[branch], refusals.flex_by_name
+    return (
+        Row(branch, "flex", f"{flex}:COMPILED.{name}", refusals.flex, avoid, "cuda: fp32, fp16, bf16"),
+        Row(branch, "flex:eager", f"{flex}:EAGER.{name}", refusals.flex_eager, avoid),
     )
-    unfused = f"{module}:EAGER.{name}"
-    return fused, Row(branch, "flex:eager", unfused, refusals.flex_eager, refusals.flex_by_name)
 
 
 def _compiled(branch: str) -> Row:
@@ -130,8 +129,10 @@ def _triton_row(branch: str, variant: str = "", **more: Any) -> Row:
 _TRITON_SELECTED = (":union", ":kv_outer", ":query_major")
 
 
-def _passes(branch: str) -> tuple[str, ...]:
-    return ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
+def _specification(branch: str) -> Row:
+    passes = ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
+    anywhere, never = refusals.runs_anywhere, refusals.never_auto
+    return _row(branch, "reference", "reference", anywhere, avoid=never, passes=passes)
 
 
 TABLE: tuple[Row, ...] = (
@@ -150,21 +151,8 @@ TABLE: tuple[Row, ...] = (
     _compiled("sel"),
     _row("sel", "sdpa", "backends.sdpa", refusals.fused_sdpa, avoid=refusals.short_only),
     _row("sel", "gather", "backends.gather", refusals.runs_anywhere),
-    Row(
-        "sel",
-        "gather:keys",
-        "nsa.backends.gather:selected_attention_by_keys",
-        refusals.runs_anywhere,
-        refusals.chosen_by_gather,
-    ),
-    Row(
-        "sel",
-        "gather:queries",
-        "nsa.backends.gather:selected_attention_by_queries",
-        refusals.on_cpu,
-        refusals.chosen_by_gather,
-        where="cpu",
-    ),
+    _gather_by("keys", refusals.runs_anywhere),
+    _gather_by("queries", refusals.on_cpu, where="cpu"),
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
     *_newer("sel"),
     *_flex_rows("sel"),
@@ -175,17 +163,7 @@ TABLE: tuple[Row, ...] = (
     _compiled("win"),
     _row("win", "sdpa", "backends.sdpa", refusals.fused_sdpa),
     *_flex_rows("win"),
-    *(
-        _row(
-            branch,
-            "reference",
-            "reference",
-            refusals.runs_anywhere,
-            avoid=refusals.never_auto,
-            passes=_passes(branch),
-        )
-        for branch in BRANCHES
-    ),
+    *map(_specification, BRANCHES),
 )
 
 
@@ -195,17 +173,13 @@ def backends(branch: str | None = None) -> list[str]:
 
 
 def provider(backend: str) -> str | None:
-    """The library behind ``backend`` and its version, e.g. ``flash_attn 2.8.3``; None for torch itself and
-    nsa.
-    """
+    """The library behind ``backend`` and its version, e.g. ``flash_attn 2.8.3``; None for torch and nsa."""
     return next((row.provider() for row in TABLE if row.backend == backend), None)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A backend, ``auto`` or ``off`` per branch. ``score`` follows ``sel``: it is ``off`` exactly when
-    ``sel`` is.
-    """
+    """A backend, ``auto`` or ``off`` per branch. ``score`` is ``off`` exactly when ``sel`` is."""
 
     cmp: str = "auto"
     score: str = "auto"
@@ -226,9 +200,7 @@ class Routing:
 
     @classmethod
     def parse(cls, text: str) -> Routing:
-        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names what is
-        wrong.
-        """
+        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names the fault."""
         return _parse(text.strip()) if text.strip() != "env" else cls.from_env(os.environ)
 
     @classmethod
