@@ -11,15 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache, lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-from operator import attrgetter
+from functools import lru_cache
 from typing import Any
 
-import torch
-
-from nsa.config import NSAConfig
+from nsa import refusals
+from nsa.refusals import Request
 
 BRANCHES = ("cmp", "score", "sel", "win")
 FUNCTIONS = {
@@ -32,20 +28,6 @@ FUNCTIONS = {
 
 class UnsupportedRoute(RuntimeError):
     """A named backend cannot run this request; the message gives the reason of every row asked."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The facts a row may refuse on, known before anything runs. ``device`` is a device type such as
-    ``cuda``.
-    """
-
-    device: str
-    dtype: torch.dtype
-    num_queries: int
-    kv_len: int
-    needs_grad: bool
-    config: NSAConfig
 
 
 @dataclass(frozen=True)
@@ -73,210 +55,50 @@ class Row:
         """The library that computes the row and its version, e.g. ``flash_attn 2.8.3``; None for torch and
         nsa.
         """
-        return None if self.library is None else _load(self.library)()
+        return None if self.library is None else refusals.load(self.library)()
 
     def load(self) -> Callable[..., Any]:
         """The function itself; its module is imported now."""
-        return _load(self.target)
-
-
-@cache
-def _load(target: str) -> Callable[..., Any]:
-    module, name = target.split(":")
-    fn: Callable[..., Any] = attrgetter(name)(import_module(module))
-    return fn
-
-
-def _runs_anywhere(request: Request) -> str | None:
-    return None
-
-
-def _fused_sdpa(request: Request) -> str | None:
-    if request.device not in ("cpu", "cuda"):
-        return f"runs on cpu and cuda, got {request.device}"
-    if request.device == "cuda" and request.dtype == torch.float64:
-        return "torch's fused CUDA kernels take fp32, fp16 and bf16, got fp64"
-    return None
-
-
-def _on_cpu(request: Request) -> str | None:
-    return (
-        None
-        if request.device == "cpu"
-        else f"reads sizes on the host per block; runs on cpu, got {request.device}"
-    )
-
-
-_DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_FLASH = "nsa.backends.flash"
-
-
-def _flash_takes(request: Request, generation: str) -> str | None:
-    """Why no GPU would run it, or this torch or installation does not."""
-    if request.device != "cuda":
-        return f"needs a CUDA GPU, got {request.device}"
-    if request.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
-    dim = max(request.config.head_dim, request.config.v_dim)
-    if dim > 256:
-        return f"head_dim at most 256, got {dim}"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU, got ROCm"
-    missing: str | None = _load(f"{_FLASH}:{generation.upper()}.missing")()
-    return missing
-
-
-def _fa2_takes(request: Request) -> str | None:
-    return _flash_takes(request, "fa2") or _compute_capability((8, 0))
-
-
-def _fa3_takes(request: Request) -> str | None:
-    return _flash_takes(request, "fa3") or _gpu_of("FlashAttention 3", {9: "Hopper (sm_90)"})
-
-
-def _fa4_takes(request: Request) -> str | None:
-    why = _flash_takes(request, "fa4") or _gpu_of(
-        "FlashAttention 4", {9: "Hopper (sm_90)", 10: "Blackwell (sm_100)"}
-    )
-    if why is not None:
-        return why
-    dims = request.config.head_dim, request.config.v_dim
-    if torch.cuda.get_device_capability()[0] == 9:
-        if max(dims) > 192 and request.needs_grad:
-            return f"head_dim at most 192 on sm_90 with a backward, got {max(dims)}"
-        return None
-    if max(dims) <= 128 or dims == (192, 128):
-        return None
-    return f"head dims at most 128, or 192 with 128 for values, on sm_100, got {dims[0]} and {dims[1]}"
-
-
-def _gpu_of(library: str, generations: dict[int, str]) -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU, torch sees none"
-    major, minor = torch.cuda.get_device_capability()
-    wanted = " or ".join(generations.values())
-    return None if major in generations else f"{library} runs on {wanted}, got sm_{major}{minor}"
-
-
-_CPP_LIBRARY = "nsa.backends._cpp_library"
-
-
-def _cpp(request: Request) -> str | None:
-    if request.device != "cpu":
-        return f"runs on cpu, got {request.device}"
-    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
-    why: str | None = _load(f"{_CPP_LIBRARY}:why_not")()
-    return why
-
-
-def _flex(request: Request) -> str | None:
-    if request.device == "cpu":
-        return "torch's compiled kernel returns no lse on a CPU; flex:eager does, without a kernel"
-    if request.device != "cuda":
-        return f"runs on cuda, got {request.device}"
-    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
-    dim = min(request.config.head_dim, request.config.v_dim)
-    if dim < 16:
-        return f"head_dim at least 16, got {dim}"
-    if find_spec("triton") is None:
-        return "FlexAttention compiles to Triton, which is not installed: pip install triton"
-    return _compute_capability((7, 0))
-
-
-def _compute_capability(least: tuple[int, int]) -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a CUDA GPU, torch sees none"
-    found = torch.cuda.get_device_capability()
-    return None if found >= least else "needs compute capability {}.{}, got {}.{}".format(*least, *found)
-
-
-_TRITON = "nsa.kernels._installed"
-
-
-def _triton(request: Request) -> str | None:
-    """Why none of this project's Triton kernels can run the request."""
-    interpreted: bool = request.device == "cpu" and _load(f"{_TRITON}:interpreted")()
-    if request.device != "cuda" and not interpreted:
-        return f"needs a CUDA GPU, got {request.device}"
-    if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"takes fp32, fp16 and bf16, got {_DTYPES.get(request.dtype, request.dtype)}"
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU, got ROCm"
-    missing: str | None = _load(f"{_TRITON}:missing")()
-    return missing or (None if interpreted else _compute_capability((8, 0)))
-
-
-def _flex_eager(request: Request) -> str | None:
-    return None if request.device in ("cpu", "cuda") else f"runs on cpu and cuda, got {request.device}"
-
-
-def _flex_by_name(request: Request) -> str | None:
-    return "a general kernel, compiled at its first call, or unfused: chosen only by name"
-
-
-def _newer_by_name(request: Request) -> str | None:
-    return "not yet run by this project on a GPU: chosen only by name"
-
-
-def _unmeasured_by_name(request: Request) -> str | None:
-    return "not yet measured by this project on a GPU: chosen only by name"
-
-
-def _varlen_by_name(request: Request) -> str | None:
-    return "a variant of fa2, which takes the kernel for packed sequences where lengths differ"
-
-
-def _never_auto(request: Request) -> str | None:
-    return "the specification is chosen only by name"
-
-
-def _short_only(request: Request) -> str | None:
-    """Masked attention beats gathering only while nearly everything is selected anyway, and only on a CPU."""
-    if request.device != "cpu":
-        return "reads on the host which rows select everything; gathering does not"
-    reach = request.config.num_selected_blocks * request.config.selection_block_size
-    if request.kv_len <= reach:
-        return None
-    return f"works on every key; beyond n l' = {reach} tokens gathering is cheaper, got {request.kv_len}"
-
-
-def _chosen_by_gather(request: Request) -> str | None:
-    return "a variant of gather, which chooses between its two by device and number of queries"
+        return refusals.load(self.target)
 
 
 def _row(branch: str, backend: str, module: str, refuse: Callable[[Request], str | None], **more: Any) -> Row:
     return Row(branch, backend, f"nsa.{module}:{FUNCTIONS[branch]}", refuse, **more)
 
 
+def _gather_by(what: str, refuse: Callable[[Request], str | None], **more: Any) -> Row:
+    target = f"nsa.backends.gather:selected_attention_by_{what}"
+    return Row("sel", f"gather:{what}", target, refuse, refusals.chosen_by_gather, **more)
+
+
 def _flash_row(
     generation: str, branch: str, refuse: Callable[[Request], str | None], variant: str = "", **more: Any
 ) -> Row:
-    flash = f"{_FLASH}:{generation.upper()}"
+    flash = f"{refusals.FLASH}:{generation.upper()}"
     target = f"{flash}.{FUNCTIONS[branch]}" + ("_varlen" if variant else "")
     more = {"where": "cuda: fp16, bf16", "library": f"{flash}.provider"} | more
     return Row(branch, f"{generation}{variant}", target, refuse, **more)
 
 
 def _fa2(branch: str, variant: str = "", **more: Any) -> Row:
-    return _flash_row("fa2", branch, _fa2_takes, variant, **more)
+    return _flash_row("fa2", branch, refusals.fa2_takes, variant, **more)
 
 
 def _newer(branch: str) -> tuple[Row, Row]:
     """FlashAttention 3 and 4."""
     hopper, blackwell = "cuda sm_90: fp16, bf16", "cuda sm_90, sm_100: fp16, bf16"
     return (
-        _flash_row("fa3", branch, _fa3_takes, avoid=_newer_by_name, where=hopper),
-        _flash_row("fa4", branch, _fa4_takes, avoid=_newer_by_name, where=blackwell),
+        _flash_row("fa3", branch, refusals.fa3_takes, avoid=refusals.newer_by_name, where=hopper),
+        _flash_row("fa4", branch, refusals.fa4_takes, avoid=refusals.newer_by_name, where=blackwell),
     )
 
 
 def _flex_rows(branch: str) -> tuple[Row, Row]:
-    module, name = "nsa.backends.flex", FUNCTIONS[branch]
-    fused = Row(branch, "flex", f"{module}:COMPILED.{name}", _flex, _flex_by_name, "cuda: fp32, fp16, bf16")
-    unfused = f"{module}:EAGER.{name}"
-    return fused, Row(branch, "flex:eager", unfused, _flex_eager, _flex_by_name)
+    flex, name, avoid = "nsa.backends.flex", FUNCTIONS[branch], refusals.flex_by_name
+    return (
+        Row(branch, "flex", f"{flex}:COMPILED.{name}", refusals.flex, avoid, "cuda: fp32, fp16, bf16"),
+        Row(branch, "flex:eager", f"{flex}:EAGER.{name}", refusals.flex_eager, avoid),
+    )
 
 
 def _compiled(branch: str) -> Row:
@@ -284,10 +106,10 @@ def _compiled(branch: str) -> Row:
         branch,
         "cpp",
         "backends.cpp",
-        _cpp,
+        refusals.cpp,
         where="cpu: fp32, fp16, bf16",
         passes=("fwd",),
-        library=f"{_CPP_LIBRARY}:provider",
+        library=f"{refusals.CPP_LIBRARY}:provider",
     )
 
 
@@ -298,71 +120,53 @@ def _triton_row(branch: str, variant: str = "", **more: Any) -> Row:
     """A kernel of this project; ``variant`` such as ``:union`` ends the name of its function, too."""
     target = f"nsa.kernels.{_KERNELS[branch]}:{FUNCTIONS[branch]}{variant.replace(':', '_')}"
     known: dict[str, Any] = {
-        "avoid": _unmeasured_by_name,
+        "avoid": refusals.unmeasured_by_name,
         "where": "cuda: fp32, fp16, bf16",
         "passes": ("fwd",),
-        "library": f"{_TRITON}:provider",
+        "library": f"{refusals.TRITON}:provider",
         "takes": ("packed", "lse") if branch == "score" else ("packed",),
     }
-    return Row(branch, f"triton{variant}", target, _triton, **(known | more))
+    return Row(branch, f"triton{variant}", target, refusals.triton, **(known | more))
 
 
 _TRITON_SELECTED = (":union", ":kv_outer", ":query_major")
 
 
-def _chosen_by_triton(request: Request) -> str | None:
-    return "a variant of triton, which chooses between its three by group size and number of queries"
-
-
-def _passes(branch: str) -> tuple[str, ...]:
-    return ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
+def _specification(branch: str) -> Row:
+    passes = ("fwd",) if branch == "score" else ("fwd", "bwd")  # selection carries no gradient
+    anywhere, never = refusals.runs_anywhere, refusals.never_auto
+    return _row(branch, "reference", "reference", anywhere, avoid=never, passes=passes)
 
 
 TABLE: tuple[Row, ...] = (
     _triton_row("cmp"),
     _fa2("cmp"),
-    _fa2("cmp", ":varlen", avoid=_varlen_by_name),
+    _fa2("cmp", ":varlen", avoid=refusals.varlen_by_name),
     *_newer("cmp"),
     _compiled("cmp"),
-    _row("cmp", "sdpa", "backends.sdpa", _fused_sdpa),
+    _row("cmp", "sdpa", "backends.sdpa", refusals.fused_sdpa),
     *_flex_rows("cmp"),
     _triton_row("score"),
     _compiled("score"),
-    _row("score", "chunked", "backends.chunked", _runs_anywhere, passes=("fwd",)),
+    _row("score", "chunked", "backends.chunked", refusals.runs_anywhere, passes=("fwd",)),
     _triton_row("sel"),
-    *(_triton_row("sel", variant, avoid=_chosen_by_triton) for variant in _TRITON_SELECTED),
+    *(_triton_row("sel", variant, avoid=refusals.chosen_by_triton) for variant in _TRITON_SELECTED),
     _compiled("sel"),
-    _row("sel", "sdpa", "backends.sdpa", _fused_sdpa, avoid=_short_only),
-    _row("sel", "gather", "backends.gather", _runs_anywhere),
-    Row(
-        "sel",
-        "gather:keys",
-        "nsa.backends.gather:selected_attention_by_keys",
-        _runs_anywhere,
-        _chosen_by_gather,
-    ),
-    Row(
-        "sel",
-        "gather:queries",
-        "nsa.backends.gather:selected_attention_by_queries",
-        _on_cpu,
-        _chosen_by_gather,
-        where="cpu",
-    ),
+    _row("sel", "sdpa", "backends.sdpa", refusals.fused_sdpa, avoid=refusals.short_only),
+    _row("sel", "gather", "backends.gather", refusals.runs_anywhere),
+    _gather_by("keys", refusals.runs_anywhere),
+    _gather_by("queries", refusals.on_cpu, where="cpu"),
     _fa2("sel"),  # after gather, which refuses nothing: chosen only by name
     *_newer("sel"),
     *_flex_rows("sel"),
     _triton_row("win"),
     _fa2("win"),
-    _fa2("win", ":varlen", avoid=_varlen_by_name),
+    _fa2("win", ":varlen", avoid=refusals.varlen_by_name),
     *_newer("win"),
     _compiled("win"),
-    _row("win", "sdpa", "backends.sdpa", _fused_sdpa),
+    _row("win", "sdpa", "backends.sdpa", refusals.fused_sdpa),
     *_flex_rows("win"),
-    *(
-        _row(branch, "reference", "reference", _runs_anywhere, avoid=_never_auto, passes=_passes(branch))
-        for branch in BRANCHES
-    ),
+    *map(_specification, BRANCHES),
 )
 
 
@@ -372,17 +176,13 @@ def backends(branch: str | None = None) -> list[str]:
 
 
 def provider(backend: str) -> str | None:
-    """The library behind ``backend`` and its version, e.g. ``flash_attn 2.8.3``; None for torch itself and
-    nsa.
-    """
+    """The library behind ``backend`` and its version, e.g. ``flash_attn 2.8.3``; None for torch and nsa."""
     return next((row.provider() for row in TABLE if row.backend == backend), None)
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A backend, ``auto`` or ``off`` per branch. ``score`` follows ``sel``: it is ``off`` exactly when
-    ``sel`` is.
-    """
+    """A backend, ``auto`` or ``off`` per branch. ``score`` is ``off`` exactly when ``sel`` is."""
 
     cmp: str = "auto"
     score: str = "auto"
@@ -403,9 +203,7 @@ class Routing:
 
     @classmethod
     def parse(cls, text: str) -> Routing:
-        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names what is
-        wrong.
-        """
+        """Read ``auto``, ``env``, a backend's name or ``branch=backend,...``; ValueError names the fault."""
         return _parse(text.strip()) if text.strip() != "env" else cls.from_env(os.environ)
 
     @classmethod

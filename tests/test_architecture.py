@@ -28,7 +28,7 @@ Sources = Mapping[str, str]  # module name -> source text; a package is named "p
 # A module imports from the floors below its own, and sideways only what SIDEWAYS names.
 NSA_FLOORS = (
     ("nsa.stages", "nsa.config", "nsa.blocks", "nsa.packing"),
-    ("nsa.reference", "nsa.testing", "nsa.compress", "nsa.backends.*", "nsa.kernels.*"),
+    ("nsa.reference", "nsa.testing", "nsa.compress", "nsa.refusals", "nsa.backends.*", "nsa.kernels.*"),
     ("nsa.routes",),
     ("nsa.attention", "nsa.cache"),
     ("nsa.module",),
@@ -215,9 +215,10 @@ NSA_TREE = {
     "nsa.testing": "from nsa.reference import sliding_attention",
     "nsa.backends._mask": "import torch",
     "nsa.backends.sdpa": "from . import _mask\nfrom nsa.blocks import visible",
+    "nsa.refusals": "from nsa.config import NSAConfig",
     "nsa.kernels._tiles": "import triton",
     "nsa.kernels.sliding": "from nsa.kernels._tiles import load",
-    "nsa.routes": "",
+    "nsa.routes": "from nsa import refusals",
     "nsa.attention": "from nsa.routes import resolve",
     "nsa.module": "from nsa.attention import nsa_attention",
 }
@@ -237,6 +238,8 @@ def test_floors_of_nsa_allow_the_house() -> None:
         ("nsa.backends.sdpa", "from nsa.kernels import _tiles"),
         ("nsa.backends.sdpa", "import triton.language as tl"),
         ("nsa.backends.sdpa", "import nsa.backends"),
+        ("nsa.refusals", "from nsa.routes import Row"),
+        ("nsa.refusals", "import nsa.backends.sdpa"),
         ("nsa.kernels.sliding", "import nsa.reference"),
         ("nsa.kernels.sliding", "from nsa.kernels.selected import launch"),
         ("nsa.blocks", "import importlib\nimportlib.import_module('nsa.module')"),

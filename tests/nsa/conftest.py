@@ -14,6 +14,8 @@ from nsa.config import NSAConfig
 from nsa.routes import FUNCTIONS, Request, Row
 from nsa.testing import against_spec
 
+pytest.register_assert_rewrite("tests.nsa.selections")
+
 # Small, and still of a shape that block-wise kernels take.
 SMALL = {
     "num_heads": 4,

@@ -160,7 +160,7 @@ def request_for(config: NSAConfig, device: str = "cuda", dtype: torch.dtype = to
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("nsa.routes.find_spec", lambda name: name)
+    monkeypatch.setattr("nsa.refusals.find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -194,7 +194,7 @@ def test_a_missing_compiler_or_an_old_gpu_is_named(small: Small, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
     with pytest.raises(UnsupportedRoute, match=r"needs compute capability 7\.0, got 6\.1"):
         resolve("flex", request_for(small()))
-    monkeypatch.setattr("nsa.routes.find_spec", lambda name: None)
+    monkeypatch.setattr("nsa.refusals.find_spec", lambda name: None)
     with pytest.raises(UnsupportedRoute, match=r"which is not installed: pip install triton"):
         resolve("flex", request_for(small()))
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nsa.reference
+import nsa.refusals
 import nsa.routes
 from nsa import NSAConfig, Routing, UnsupportedRoute
 from nsa.routes import BRANCHES, FUNCTIONS, TABLE, Request, Row, backends, resolve
@@ -216,7 +217,7 @@ def test_settled_before_anything_runs(small: Small, monkeypatch: pytest.MonkeyPa
         ran.append("cmp")
 
     monkeypatch.setattr(nsa.reference, "compressed_attention", watch)
-    nsa.routes._load.cache_clear()
+    nsa.refusals.load.cache_clear()
     rows = (made_up("cmp", "watched"), made_up("win", "closed", refuse=plain("is closed")))
     monkeypatch.setattr(nsa.routes, "TABLE", rows)
     config = small()
@@ -227,5 +228,5 @@ def test_settled_before_anything_runs(small: Small, monkeypatch: pytest.MonkeyPa
                 q, k[:, :0], k[:, :0], k, k, k, k, torch.ones(1, 4, 4, 3), config, routing=Routing(sel="off")
             )
     finally:
-        nsa.routes._load.cache_clear()
+        nsa.refusals.load.cache_clear()
     assert ran == []

@@ -13,6 +13,7 @@ import nsa.reference as reference
 from nsa.blocks import overlap_weights
 from nsa.config import NSAConfig
 from nsa.testing import assert_matches, error_budget
+from tests.nsa.selections import assert_chosen
 
 selection = pytest.importorskip("nsa.kernels.selection")
 topn = pytest.importorskip("nsa.kernels._topn")
@@ -49,31 +50,6 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch) -> UseTiles:
         monkeypatch.setattr(selection, "settings", lambda *given: chosen)
 
     return patch
-
-
-def assert_chosen(
-    chosen: torch.Tensor,
-    tensors: dict[str, Any],
-    config: NSAConfig,
-    *,
-    q_start: int | torch.Tensor = 0,
-    kv_len: int | None = None,
-) -> None:
-    """The specification's lists in fp64, but for blocks whose scores are equal within fp32 rounding."""
-    where: dict[str, Any] = {"config": config, "q_start": q_start, "kv_len": kv_len}
-    q, k_cmp = (tensors[name].cpu() for name in ("q", "k_cmp"))
-    expected = reference.select_blocks(q.double(), k_cmp.double(), **where)
-    chosen = chosen.cpu()
-    assert chosen.dtype == torch.int32
-    assert torch.equal(chosen < 0, expected < 0)
-    ascending = chosen[..., 1:] > chosen[..., :-1]
-    assert (ascending | (chosen[..., 1:] < 0)).all()
-    if torch.equal(chosen, expected):
-        return
-    exact = reference.block_scores(q.double(), k_cmp.double(), **where).log()
-    eager = reference.block_scores(q.float(), k_cmp.float(), **where).log()
-    sums = [exact.gather(-1, lists.long().clamp_min(0)).sort(-1).values for lists in (chosen, expected)]
-    assert (sums[0] - sums[1]).abs().max().item() <= error_budget(exact, eager)
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import nsa.routes
+import nsa.refusals
 from nsabench.cli import app
 from nsabench.commands import _execute
 from nsabench.run import Policy
@@ -128,14 +128,14 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]]
     true function first."""
 
     def planted(target: str, bug: Callable[..., Any]) -> None:
-        load = nsa.routes._load
+        load = nsa.refusals.load
         true = load(f"nsa.{target}")
 
         def broken(*given: Any, **more: Any) -> Any:
             return bug(true, *given, **more)
 
         monkeypatch.setattr(
-            nsa.routes, "_load", lambda name: broken if name == f"nsa.{target}" else load(name)
+            nsa.refusals, "load", lambda name: broken if name == f"nsa.{target}" else load(name)
         )
 
     return planted

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import nsa.refusals
 import nsa.routes
 from nsabench.plan import Cell
 from nsabench.run import Policy
@@ -97,14 +98,16 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
 
     @contextmanager
     def planted(target: str, bug: Callable[..., Any]) -> Iterator[None]:
-        load = nsa.routes._load
+        load = nsa.refusals.load
         true = load(f"nsa.{target}")
 
         def broken(*args: Any, **kwargs: Any) -> Any:
             return bug(true, *args, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(nsa.routes, "_load", lambda name: broken if name == f"nsa.{target}" else load(name))
+            patch.setattr(
+                nsa.refusals, "load", lambda name: broken if name == f"nsa.{target}" else load(name)
+            )
             yield
 
     return planted

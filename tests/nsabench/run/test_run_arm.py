@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import nsa.refusals
 import nsa.routes
 from nsabench.measure import Shares
 from nsabench.measure.probe import ColdProbe
@@ -287,7 +288,7 @@ def test_the_library_behind_a_row_is_stored(
     try:
         assert measured(make_cell(), quick).fields["provider"] == "flash_attn 2.8.3"
     finally:
-        nsa.routes._load.cache_clear()
+        nsa.refusals.load.cache_clear()
 
 
 def test_a_route_that_cannot_run_says_why(make_cell: MakeCell, quick: Policy) -> None:
