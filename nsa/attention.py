@@ -55,6 +55,21 @@ def nsa_attention(
         UnsupportedRoute: a named backend cannot run here, with the reason of each row.
     """
     tensors = (q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates)
+    if torch.compiler.is_compiling():
+        # Routes are settled in Python, by facts that a trace would have to guard, and end in kernels that no
+        # trace can enter.
+        from nsa import untraced
+
+        return untraced.run(
+            nsa_attention,
+            *tensors,
+            config,
+            routing=routing,
+            q_start=q_start,
+            win_start=win_start,
+            block_indices=block_indices,
+            packed=packed,
+        )
     if torch.is_autocast_enabled(q.device.type):
         # A backend computes in its inputs' dtype and accumulates in fp32; autocast would undo both inside it.
         with torch.autocast(q.device.type, enabled=False):

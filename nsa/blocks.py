@@ -6,7 +6,6 @@ number selected and window. Functions of a position take a python int or an inte
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TypeVar
 
 import torch
@@ -44,7 +43,6 @@ def window_start(position: int, config: NSAConfig) -> int:
     return max(0, position - config.window_size + 1)
 
 
-@cache
 def overlap_weights(config: NSAConfig) -> tuple[int, tuple[int, ...]]:
     """Eq. 9 as a stencil: ``score[j] = sum_m weights[m] * p_cmp[j * l'/d + first + m]``.
 

@@ -27,7 +27,7 @@ Sources = Mapping[str, str]  # module name -> source text; a package is named "p
 
 # A module imports from the floors below its own, and sideways only what SIDEWAYS names.
 NSA_FLOORS = (
-    ("nsa.stages", "nsa.config", "nsa.blocks", "nsa.packing"),
+    ("nsa.stages", "nsa.config", "nsa.blocks", "nsa.packing", "nsa.untraced"),
     ("nsa.reference", "nsa.testing", "nsa.compress", "nsa.refusals", "nsa.backends.*", "nsa.kernels.*"),
     ("nsa.routes",),
     ("nsa.attention", "nsa.cache"),

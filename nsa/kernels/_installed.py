@@ -7,14 +7,15 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 
+# In the words Triton itself takes for true.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
-@cache
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, on CPU tensors: TRITON_INTERPRET as it was when first
     asked, since kernels are bound to one or the other when their module is imported.
     """
-    # The words Triton itself takes for true.
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    return _INTERPRETED
 
 
 @cache
