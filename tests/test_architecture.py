@@ -39,6 +39,7 @@ SIDEWAYS = (
     ("nsa.testing", "nsa.reference"),
     ("nsa.backends.*", "nsa.backends._[!_]*"),
     ("nsa.kernels.*", "nsa.kernels._[!_]*"),
+    ("nsa.kernels.*", "nsa.kernels.work"),
 )
 
 # What each part of nsabench may import besides itself and the version in nsabench/__init__.py.

@@ -19,6 +19,7 @@ import triton.language as tl
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.kernels._tiles import first_position, starts
+from nsa.kernels.work import Call
 
 MOST_TOKENS = 32
 # Words and lists of one chunk of queries, all KV heads together.
@@ -127,6 +128,13 @@ class Asked:
         first, start = starts(q_start, indices)
         size = config.selection_block_size
         return cls(indices, first, start, size, num_selection_blocks(num_keys, config))
+
+    @classmethod
+    def by(cls, call: Call) -> Asked:
+        """That of a call of which only the sizes are known."""
+        config = call.config
+        shape = call.batch, call.num_queries, config.num_kv_heads, config.num_selected_blocks
+        return cls.of(torch.empty(shape, dtype=torch.int32, device="meta"), call.q_start, call.kv_len, config)
 
     @property
     def heads(self) -> int:
