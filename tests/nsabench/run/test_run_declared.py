@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nsa import NSAConfig
+from nsa import NSAConfig, Routing
 from nsa.kernels.work import Call, declared, expected_union
 from nsabench.plan import Cell
+from nsabench.run import declared as declaring
 from nsabench.run.selection import TILE, sharing, synthetic
+from nsabench.run.steps import steps_of
 from nsabench.run.work import stage_work
 
 MakeCell = Callable[..., Cell]
@@ -71,3 +74,43 @@ def test_kernels_declare_no_less_than_their_branch_needs(
     # What goes in and out counts with the first and the last stage there.
     assert moved >= part.bytes
     assert all(one.l2_bytes > 0 for one in works)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU where a route's backends are those it names."""
+    pytest.importorskip("triton")
+
+    def route_at(cell: Cell, span: tuple[int, int]) -> SimpleNamespace:
+        routing = Routing.parse(cell.route)
+        return SimpleNamespace(backend=lambda branch: getattr(routing, branch))
+
+    monkeypatch.setattr(declaring, "route_at", route_at)
+    monkeypatch.setattr(declaring, "_arch", lambda device: (9, 0))
+
+
+def works_of(cell: Cell, **row: float) -> dict[tuple[str, str], float]:
+    return {
+        (one["branch"], one["kernel"]): one["flops"]
+        for one in declaring.declared_work(cell, steps_of(cell), row)
+    }
+
+
+def test_the_kernels_of_a_step_by_branch(make_cell: MakeCell, hopper: None) -> None:
+    cell = make_cell(**LONG, **PAPER, device="cuda:0", route="cmp=triton,sel=triton,win=fa2", scope="core")
+    found = works_of(cell, union_blocks=20.0)
+    names = {"cmp": ["attention"], "sel": ["mark", "compact", "union"]}
+    assert set(found) == {(branch, f"_{name}_kernel") for branch, held in names.items() for name in held}
+    assert found["sel", "_union_kernel"] > 1.5 * works_of(cell, union_blocks=12.0)["sel", "_union_kernel"]
+    assert found["sel", "_union_kernel"] < works_of(cell)["sel", "_union_kernel"]
+    assert works_of(make_cell(impl="dense", device="cuda:0")) == {}
+
+
+def test_the_calls_of_a_step_add_up(make_cell: MakeCell, hopper: None) -> None:
+    chunked = make_cell(**LONG, **PAPER, device="cuda:0", route="win=triton", mode="chunked=2048")
+    whole = make_cell(**LONG, **PAPER, device="cuda:0", route="win=triton")
+    assert works_of(chunked) == pytest.approx(works_of(whole))
+    decode = make_cell(**LONG, **PAPER, device="cuda:0", route="sel=triton", phase="decode")
+    ((key, flops),) = works_of(decode).items()
+    assert key == ("sel", "_query_kernel")
+    assert flops == 4 * 16 * 2 * 16 * 64 * (128 + 128)
