@@ -48,8 +48,8 @@ class KernelWork:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a branch: ``num_queries`` tokens from position ``q_start`` on, in each of ``batch``
-    sequences of ``kv_len`` tokens, at least ``q_start + num_queries``.
+    """One call of a branch: ``num_queries`` tokens, one at least, from position ``q_start`` on, in each of
+    ``batch`` sequences of ``kv_len`` tokens, at least ``q_start + num_queries``.
 
     What a tile selects depends on the data. ``overlap``: neighbours share that part of their free blocks, the
     others being drawn anew as by ``nsabench --selection overlap=X``; None for blocks drawn at random, each
