@@ -41,6 +41,7 @@ SIDEWAYS = (
     ("nsa.testing", "nsa.reference"),
     ("nsa.backends.*", "nsa.backends._[!_]*"),
     ("nsa.kernels.*", "nsa.kernels._[!_]*"),
+    ("nsa.kernels.*", "nsa.kernels.work"),
 )
 
 # What each part of nsabench may import besides itself and the version in nsabench/__init__.py.
@@ -63,8 +64,11 @@ NSABENCH_FLOORS: dict[str, set[str]] = {
     "cli": {"commands"},
     "__main__": {"cli"},
 }
-# nsabench knows nsa by its public names, the spec, the tolerances, the routes and the block geometry.
-NSA_DOORS = {"nsa.__init__", "nsa.reference", "nsa.testing", "nsa.routes", "nsa.blocks"}
+# nsabench knows nsa by its public names, the spec, the tolerances, the routes, the block geometry and what
+# kernels declare to do.
+NSA_DOORS = {
+    *("nsa.__init__", "nsa.reference", "nsa.testing", "nsa.routes", "nsa.blocks", "nsa.kernels.work"),
+}
 TORCH_FREE = ("plan", "stats", "store", "present")
 LAZY_TORCH = {"nsabench.store.environment"}  # records torch's version, inside a function
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import subprocess
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -219,4 +220,14 @@ def test_readme_shows_the_route_table_as_it_is() -> None:
     shown = readme.split("<!-- routes -->")[1].split("<!-- /routes -->")[0].strip()
     assert shown == matrix_markdown(), (
         "run `nsabench routes --markdown` and put its output between the markers"
+    )
+
+
+def test_readme_shows_the_predictions_as_they_are() -> None:
+    pytest.importorskip("triton")
+    script = runpy.run_path(str(ROOT / "suites" / "predict.py"))
+    readme = (ROOT / "README.md").read_text()
+    shown = readme.split("<!-- predictions -->")[1].split("<!-- /predictions -->")[0].strip()
+    assert shown == script["table"](script["Rates"]()), (
+        "run `python suites/predict.py` and put its output between the markers"
     )

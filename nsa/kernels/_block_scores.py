@@ -260,7 +260,7 @@ def block_scores(
         lse_scale,
         *q.stride()[:3],
         *k.stride()[:3],
-        **_constexprs(config, q.dtype, launch),
+        **constexprs(config, q.dtype, launch),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )
@@ -277,7 +277,7 @@ def dims(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"D": head_dim, "D0": first, "D1": rest, "SLICE": SLICE if dtype == torch.float32 else 0}
 
 
-def _constexprs(config: NSAConfig, dtype: torch.dtype, launch: Launch) -> dict[str, int]:
+def constexprs(config: NSAConfig, dtype: torch.dtype, launch: Launch) -> dict[str, int]:
     """What the kernel is compiled for, by its arguments' names."""
     first, weights = overlap_weights(config)
     per_block = config.selection_block_size // config.compression_stride
@@ -309,7 +309,7 @@ def static(config: NSAConfig, launch: Launch) -> dict[str, Any]:
         "kernel": _scores_kernel,
         "name": f"scores_d{config.head_dim}",
         "signature": signature(_SCORE_LENGTHS) | {"scores": "*fp32:16", "lse_scale": "fp32"},
-        "constexprs": {**ONE_LENGTH, **_constexprs(config, torch.bfloat16, launch)},
+        "constexprs": {**ONE_LENGTH, **constexprs(config, torch.bfloat16, launch)},
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }

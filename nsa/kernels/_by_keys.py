@@ -42,6 +42,7 @@ from nsa.kernels._tiles import (
     rows_of,
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, BlockLists, lists_of_blocks, popcount
+from nsa.kernels.work import Call, Launched
 
 # Parts of the output and lists of one chunk of queries and KV heads.
 CHUNK_BYTES = 2**28
@@ -294,6 +295,15 @@ def chunks(asked: Asked, num_rows: int, config: NSAConfig, itemsize: int) -> lis
         for row in range(0, num_rows, rows)
         for head in range(0, asked.heads, heads)
     ]
+
+
+def launched(call: Call, arch: tuple[int, int]) -> Launched:
+    """What :func:`attend_by_keys` launches for ``call``, for :mod:`nsa.kernels.work`."""
+    _, rows = chunks(Asked.by(call), call.num_queries, call.config, call.dtype.itemsize)[0]
+    lists = {"TOKENS": MOST_TOKENS, "CHUNK": len(rows)}
+    block = constexprs(call.config, choose(call.config, call.dtype, arch)) | {"CHUNK": len(rows)}
+    lists_of_each = dict.fromkeys(("_mark_kernel", "_rank_kernel", "_place_kernel"), lists)
+    return lists_of_each | {"_block_kernel": block, "_merge_kernel": {"ROWS": _MERGE_ROWS}}
 
 
 def choose(config: NSAConfig, dtype: torch.dtype, arch: tuple[int, int]) -> Launch:

@@ -38,6 +38,7 @@ from nsa.kernels._tiles import (
     starts,
     unit_stride,
 )
+from nsa.kernels.work import Call, Launched
 
 # Begins before every key, and an int32 still holds what is subtracted from it.
 NO_WINDOW = 2**30
@@ -256,6 +257,23 @@ def constexprs(group: int, head_dim: int, value_dim: int, launch: Launch) -> dic
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
     }
+
+
+def launched(
+    call: Call,
+    arch: tuple[int, int],
+    num_keys: int,
+    *,
+    block: int = 1,
+    stride: int = 1,
+    window: int = NO_WINDOW,
+) -> Launched:
+    """What :func:`attend` launches on a GPU for ``call``, for :mod:`nsa.kernels.work`."""
+    config = call.config
+    group, head_dim, value_dim = config.group_size, config.head_dim, config.v_dim
+    launch = choose(call.num_queries * group, head_dim, value_dim, call.dtype, arch)
+    ends = {"num_keys": num_keys, "block": block, "stride": stride, "window": window}
+    return {"_attention_kernel": constexprs(group, head_dim, value_dim, launch) | ends}
 
 
 def choose(rows: int, head_dim: int, value_dim: int, dtype: torch.dtype, arch: tuple[int, int]) -> Launch:

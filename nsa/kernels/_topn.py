@@ -167,7 +167,7 @@ def top_n(
     """
     _, width, tokens = scores.shape
     kv_heads, n = chosen.shape[2:]
-    shape = _constexprs(config, tokens)
+    shape = constexprs(config, tokens)
     _top_n_kernel[(num_items * (tokens // shape["ROWS"]),)](
         scores,
         chosen,
@@ -188,7 +188,7 @@ def top_n(
     )
 
 
-def _constexprs(config: NSAConfig, tokens: int) -> dict[str, int]:
+def constexprs(config: NSAConfig, tokens: int) -> dict[str, int]:
     """What the kernel is compiled for, by its arguments' names."""
     slots = triton.next_power_of_2(config.num_selected_blocks)
     return {"TOKENS": tokens, "ROWS": min(ROWS, tokens), "SEGMENT": SEGMENT, "N_PADDED": slots}
@@ -200,6 +200,6 @@ def static(config: NSAConfig, tokens: int) -> dict[str, Any]:
         "kernel": _top_n_kernel,
         "name": "top_n",
         "signature": {"scores": "*fp32:16", "chosen": "*i32:16", **dict.fromkeys(_LENGTHS, "i32")},
-        "constexprs": {"q_bounds": None, "starts": None, **_constexprs(config, tokens)},
+        "constexprs": {"q_bounds": None, "starts": None, **constexprs(config, tokens)},
         "num_warps": NUM_WARPS,
     }

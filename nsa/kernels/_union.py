@@ -19,6 +19,7 @@ import triton.language as tl
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.kernels._tiles import Layout, first_position, layout_of, rows_of, starts
+from nsa.kernels.work import Call
 from nsa.packing import Packed
 
 MOST_TOKENS = 32
@@ -136,6 +137,14 @@ class Asked:
         first, start = starts(q_start, indices)
         layout, size = layout_of(indices, keys, packed), config.selection_block_size
         return cls(indices, layout, first, start, size, num_selection_blocks(layout.num_keys, config))
+
+    @classmethod
+    def by(cls, call: Call) -> Asked:
+        """That of a call of which only the sizes are known."""
+        config = call.config
+        shape = call.batch, call.num_queries, config.num_kv_heads, config.num_selected_blocks
+        indices, keys = (torch.empty(size, device="meta") for size in (shape, (call.batch, call.kv_len)))
+        return cls.of(indices, call.q_start, keys, config, None)
 
     @property
     def heads(self) -> int:

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from nsa.config import NSAConfig
 from nsa.kernels._by_keys import attend_by_keys
+from nsa.kernels._by_keys import launched as launched_by_keys
 from nsa.kernels._by_keys import static as static_by_keys
 from nsa.kernels._key_tile import (
     INDEX_TYPES,
@@ -51,6 +52,7 @@ from nsa.kernels._tiles import (
 )
 from nsa.kernels._union import MOST_TOKENS, Asked, lists_of_tiles, tile_chunks
 from nsa.kernels._union import static as static_lists
+from nsa.kernels.work import Call, Launched
 from nsa.packing import Packed
 
 _UNION_LENGTHS = [
@@ -243,13 +245,36 @@ def selected_attention(
 
     Query-major for few queries, kv-outer for small groups, else union: chosen by shapes alone.
     """
-    if (packed.longest if packed else q.shape[1]) < QUERY_MAJOR_BELOW:
-        way = selected_attention_query_major
-    elif config.group_size <= KV_OUTER_UP_TO:
-        way = selected_attention_kv_outer
-    else:
-        way = selected_attention_union
-    return way(q, k, v, block_indices, config, q_start=q_start, packed=packed)
+    ways = {
+        "query_major": selected_attention_query_major,
+        "kv_outer": selected_attention_kv_outer,
+        "union": selected_attention_union,
+    }
+    return ways[variant(packed.longest if packed else q.shape[1], config)](
+        q, k, v, block_indices, config, q_start=q_start, packed=packed
+    )
+
+
+def variant(num_queries: int, config: NSAConfig) -> str:
+    """The way that ``triton`` takes."""
+    if num_queries < QUERY_MAJOR_BELOW:
+        return "query_major"
+    return "kv_outer" if config.group_size <= KV_OUTER_UP_TO else "union"
+
+
+def launched(call: Call, arch: tuple[int, int], way: str = "") -> Launched:
+    """What ``way``, or the one that ``triton`` takes, launches for ``call``, for :mod:`nsa.kernels.work`."""
+    config = call.config
+    way = way or variant(call.num_queries, config)
+    if way == "kv_outer":
+        return launched_by_keys(call, arch)
+    if way == "query_major":
+        launch = choose_query_major(config, call.dtype, arch)
+        return {"_query_kernel": query_constants(config, config.num_selected_blocks, launch)}
+    facts = union_constants(config, choose_union(config, call.dtype, arch))
+    first, *_ = tile_chunks(Asked.by(call), call.num_queries, facts["TOKENS"])
+    facts["CHUNK"] = len(first)
+    return dict.fromkeys(("_mark_kernel", "_compact_kernel", "_union_kernel"), facts)
 
 
 @on_its_device

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nsa.blocks import num_selection_blocks, overlap_weights
+from nsa.blocks import num_compressed_blocks, num_selection_blocks, overlap_weights
 from nsa.config import NSAConfig
 from nsa.kernels._block_scores import (
     LENGTHS,
@@ -28,6 +28,7 @@ from nsa.kernels._block_scores import (
     tokens_of_item,
     visible_blocks,
 )
+from nsa.kernels._block_scores import constexprs as scores_constexprs
 from nsa.kernels._block_scores import static as static_scores
 from nsa.kernels._installed import interpreted
 from nsa.kernels._tiles import (
@@ -49,8 +50,10 @@ from nsa.kernels._tiles import (
     starts,
     unit_stride,
 )
+from nsa.kernels._topn import constexprs as top_n_constexprs
 from nsa.kernels._topn import static as static_top_n
 from nsa.kernels._topn import top_n
+from nsa.kernels.work import Call, Launched
 from nsa.packing import Packed
 
 # Predicted: at 64k tokens each launch is some ten waves of blocks of an H200. With the lse of 64 heads, 16
@@ -274,6 +277,20 @@ def _extent(
     if not isinstance(q_start, torch.Tensor):
         num_blocks = min(num_blocks, num_selection_blocks(q_start + rows, config))
     return min(width, num_blocks), num_blocks
+
+
+def launched(call: Call, arch: tuple[int, int]) -> Launched:
+    """What :func:`select_blocks` launches for ``call``, for :mod:`nsa.kernels.work`."""
+    config, launches = call.config, settings(call.config, call.dtype, arch)
+    num_keys = num_compressed_blocks(call.kv_len, config)
+    width, num_blocks = _extent(num_keys, call.num_queries, call.q_start, call.kv_len, config)
+    ends = {"width": width, "num_blocks": num_blocks}
+    scores = scores_constexprs(config, call.dtype, launches.scores)
+    return {
+        "_lse_kernel": _constexprs(config, call.dtype, launches.lse),
+        "_scores_kernel": scores | ends,
+        "_top_n_kernel": top_n_constexprs(config, scores["TOKENS"]) | ends,
+    }
 
 
 def _constexprs(config: NSAConfig, dtype: torch.dtype, launch: Launch) -> dict[str, int]:

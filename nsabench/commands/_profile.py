@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,13 @@ from nsabench.commands._sweep import Plan, plan_of
 from nsabench.plan import Cell, PlanError, Suite, tags_of
 from nsabench.plan.declaration import AXES, PREFILL_ONLY
 from nsabench.present.live import SweepView
-from nsabench.present.profile_tables import kernel_objects, kernel_table, stage_objects, stage_table
+from nsabench.present.profile_tables import (
+    declared_table,
+    kernel_objects,
+    kernel_table,
+    stage_objects,
+    stage_table,
+)
 from nsabench.present.roofline import sources_of
 from nsabench.run import run_plan
 from nsabench.run.executor import Executor, LocalExecutor, WorkerError, local_slots
@@ -130,14 +137,19 @@ def _show(run: Run, plan: Plan, look: LookOptions, talk: Console) -> int:
         found = {
             **row,
             "profile": {name: profile[name] for name in ("step_ms", "idle_ms", "note")},
-            "kernels": kernel_objects(kernels, profile),
+            "kernels": kernel_objects(kernels, profile, roofs),
             "stages": stage_objects(row, profile, roofs),
             "files": files,
             "ncu": ncu or None,
         }
         typer.echo(json.dumps(found, allow_nan=False))
         return 0
-    for part in [*kernel_table(kernels, profile, top=look.top), *stage_table(row, profile, roofs)]:
+    tables = (
+        kernel_table(kernels, profile, top=look.top),
+        declared_table(kernels, profile, roofs),
+        stage_table(row, profile, roofs),
+    )
+    for part in chain.from_iterable(tables):
         talk.print(part, soft_wrap=isinstance(part, Text))
     talk.print(f"trace:   {files['trace']} (for ui.perfetto.dev)", soft_wrap=True, markup=False)
     talk.print(f"memory:  {files['memory']} ({_memory_is(files['memory'])})", soft_wrap=True, markup=False)

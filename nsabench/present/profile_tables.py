@@ -16,20 +16,49 @@ IDLE = "(nothing runs)"
 _KERNEL_WIDTH = 44  # of 80 columns, what the numbers leave
 
 
-def kernel_objects(kernels: Iterable[Mapping[str, Any]], profile: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The kernels with their part of the profiled step in percent, the longest first; all that ran."""
+_DECLARED = ("flops", "l2_bytes", "dram_bytes")
+
+
+def kernel_objects(
+    kernels: Iterable[Mapping[str, Any]], profile: Mapping[str, Any], roofs: Roofs | None = None
+) -> list[dict[str, Any]]:
+    """The kernels with their part of the profiled step in percent, the longest first; all that ran. Those
+    that declare their work, with what they reached by it: TFLOP/s, GB/s from L2 and of memory, which part of
+    the nearer of the two roofs; the others with None.
+    """
     step = profile["step_ms"]
-    rows = [
-        {
-            "branch": one["branch"] or None,
-            "kernel": one["kernel"],
-            "calls": one["calls"],
-            "ms": one["ms"],
-            "pct": 100 * one["ms"] / step if step else None,
-        }
-        for one in kernels
-    ]
+    rows = []
+    for one in kernels:
+        work = _declared(one, profile)
+        spot = (
+            Spot(one["kernel"], work["flops"], work["dram_bytes"], one["ms"]) if work and one["ms"] else None
+        )
+        rows.append(
+            {
+                "branch": one["branch"] or None,
+                "kernel": one["kernel"],
+                "calls": one["calls"],
+                "ms": one["ms"],
+                "pct": 100 * one["ms"] / step if step else None,
+                **(work or dict.fromkeys(_DECLARED)),
+                "tflops": spot and spot.tflops,
+                "l2_gbps": spot and Spot(spot.name, 0, work["l2_bytes"], spot.ms).gbps,
+                "gbps": spot and spot.gbps,
+                "pct_of_roof": spot and _of_roof(spot, roofs),
+                "roof": spot and _roof(spot, roofs),
+            }
+        )
     return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _declared(kernel: Mapping[str, Any], profile: Mapping[str, Any]) -> dict[str, float]:
+    """What a kernel declares to do in a step, in its stage or, without one, in all; empty if nothing."""
+    known = [
+        one
+        for one in profile.get("kernels") or ()
+        if one["kernel"] == kernel["kernel"] and kernel["branch"] in ("", None, one["branch"])
+    ]
+    return {name: math.fsum(one[name] for one in known) for name in _DECLARED} if known else {}
 
 
 def kernel_table(
@@ -55,6 +84,33 @@ def kernel_table(
     table.add_row("", "together", *_numbers(total, step))
     title = Text(f"kernels of a profiled step of {digits(step)} ms", style="bold")
     return [title, table, *_notes([f"no stages: {profile['note']}" if profile["note"] else ""])]
+
+
+def declared_table(
+    kernels: Iterable[Mapping[str, Any]], profile: Mapping[str, Any], roofs: Roofs | None
+) -> list[Text | Table]:
+    """The kernels that declare their work, and what they reached; nothing where none ran."""
+    rows = [row for row in kernel_objects(kernels, profile, roofs) if row["tflops"] is not None]
+    if not rows:
+        return []
+    table = _table()
+    for name in (
+        "stage",
+        "kernel",
+        "ms",
+        "TFLOP/s",
+        "L2 GB/s",
+        "GB/s",
+        *(["% of roof", "roof"] if roofs else []),
+    ):
+        table.add_column(
+            name, justify="left" if name in ("stage", "kernel", "roof") else "right", no_wrap=True
+        )
+    for row in rows:
+        under = [digits(row["pct_of_roof"]), row["roof"]] if roofs else []
+        reached = (row["ms"], row["tflops"], row["l2_gbps"], row["gbps"])
+        table.add_row(row["branch"] or MISSING, Text(row["kernel"]), *map(digits, reached), *under)
+    return [Text("what kernels reached, by the work that they declare", style="bold"), table]
 
 
 def stage_objects(row: Row, profile: Mapping[str, Any], roofs: Roofs | None) -> list[dict[str, Any]]:
@@ -98,13 +154,20 @@ def stage_table(row: Row, profile: Mapping[str, Any], roofs: Roofs | None) -> li
 
 
 def _of_roof(spot: Spot, roofs: Roofs | None) -> float | None:
-    return None if roofs is None else 100 * spot.tflops / roofs.tflops_at(spot.intensity)
+    return None if roofs is None else 100 * max(_parts(spot, roofs).values())
 
 
 def _roof(spot: Spot, roofs: Roofs | None) -> str | None:
     if roofs is None:
         return None
-    return "matrix" if roofs.tflops_at(spot.intensity) == roofs.matrix_tflops else "memory"
+    parts = _parts(spot, roofs)
+    return max(parts, key=lambda name: parts[name])
+
+
+def _parts(spot: Spot, roofs: Roofs) -> dict[str, float]:
+    """Of each roof, the part that was reached; of work without FLOPs, too. The larger is the one above it."""
+    parts = {"memory": spot.gbps / roofs.copy_gbps}
+    return parts if roofs.matrix_tflops is None else {"matrix": spot.tflops / roofs.matrix_tflops} | parts
 
 
 def _table() -> Table:

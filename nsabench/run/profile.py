@@ -12,6 +12,7 @@ from typing import Any
 from nsa import Routing
 from nsabench.measure.snapshot import write_memory, write_trace
 from nsabench.plan import Cell
+from nsabench.run.declared import declared_work
 from nsabench.run.impl_nsa import ATTENDING
 from nsabench.run.jobs import Began, Doing, Done, Event, Job, Over, Slot
 from nsabench.run.kernels import attributed, kernel_rows, no_stages
@@ -108,6 +109,7 @@ def _profile(
         "idle_ms": sum(weight * step.idle_ms for weight, step in weighted),
         "note": next((step.note for _, step in weighted if step.note), note),
         "stages": {name: asdict(part) for name, part in parts_of(workload, cell.route).items()},
+        "kernels": declared_work(workload.cell, workload.steps, row),
         "files": files,
     }
     return told, [*kernel_rows(weighted)]

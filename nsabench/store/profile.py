@@ -9,8 +9,9 @@ from nsabench.store.files import StoreError, disk_error, replace
 
 PROFILE_FILE = "profile.json"
 """`cell_id`; `failed`, why there is nothing else; `step_ms`, of a profiled step, and `idle_ms` of it; `note`,
-why kernels have no branch, or are not there; `stages`, the counted `flops` and `bytes` of each; `files`, by
-what they hold."""
+why kernels have no branch, or are not there; `stages`, the counted `flops` and `bytes` of each; `kernels`,
+what this project's own declare to do in a step, each with `branch`, `kernel`, `flops`, `l2_bytes` and
+`dram_bytes` (older runs have none); `files`, by what they hold."""
 
 
 def save_profile(folder: Path, told: Mapping[str, Any]) -> None:

@@ -15,7 +15,13 @@ from rich.console import Console
 from nsabench.present.frame import cell_rows
 from nsabench.present.panels import make_panels
 from nsabench.present.plots import plot_run
-from nsabench.present.profile_tables import kernel_table, stage_objects, stage_table
+from nsabench.present.profile_tables import (
+    declared_table,
+    kernel_objects,
+    kernel_table,
+    stage_objects,
+    stage_table,
+)
 from nsabench.present.roofline import (
     Roofs,
     Source,
@@ -189,6 +195,43 @@ def test_kernels_without_stages_say_why(make_run: MakeRun) -> None:
     assert lines[-1] == "no stages: kernels overlap"
     assert lines[3].split()[0] == "-"
     assert not any("nothing runs" in line or "more)" in line for line in lines)
+
+
+# 2 GFLOP, 100 MB from L2 and 10 MB of memory; lists, without a product; in two stages.
+WORK_OF_KERNELS = [
+    {"branch": "sel", "kernel": "union", "flops": 2e9, "l2_bytes": 1e8, "dram_bytes": 1e7},
+    {"branch": "sel", "kernel": "mark", "flops": 0.0, "l2_bytes": 2e6, "dram_bytes": 4e6},
+    {"branch": "cmp", "kernel": "both", "flops": 1e9, "l2_bytes": 1e6, "dram_bytes": 1e6},
+    {"branch": "win", "kernel": "both", "flops": 3e9, "l2_bytes": 1e6, "dram_bytes": 1e6},
+]
+
+
+def test_kernels_that_declare_their_work_show_what_they_reached(make_run: MakeRun) -> None:
+    profile = profile_of(make_run(S=[1024], routes=["auto"]), kernels=WORK_OF_KERNELS)
+    rows = [("union", "sel", 4.0), ("mark", "sel", 0.4), ("both", "win", 3.0), ("copy", "other", 1.0)]
+    kernels = [{"kernel": name, "branch": stage, "calls": 1.0, "ms": ms} for name, stage, ms in rows]
+    roofs = Roofs(50.0, 1.0, "fp32")
+    lines = printed(declared_table(kernels, profile, roofs))
+    assert lines[0] == "what kernels reached, by the work that they declare"
+    assert [line.split() for line in lines[3:]] == [
+        ["sel", "union", "4.00", "0.500", "25.0", "2.50", "50.0", "matrix"],
+        ["win", "both", "3.00", "1.00", "0.333", "0.333", "100", "matrix"],
+        ["sel", "mark", "0.400", "0", "5.00", "10.0", "20.0", "memory"],
+    ]
+    without = printed(declared_table(kernels, profile, None))
+    assert without[3].split() == ["sel", "union", "4.00", "0.500", "25.0", "2.50"]
+    objects = {one["kernel"]: one for one in kernel_objects(kernels, profile, roofs)}
+    assert (objects["mark"]["dram_bytes"], objects["copy"]["dram_bytes"]) == (4e6, None)
+    assert objects["copy"]["pct_of_roof"] is None
+    # Where stages cannot be told, a kernel's row is of all of them.
+    (both,) = kernel_objects([{"kernel": "both", "branch": "", "calls": 2.0, "ms": 4.0}], profile)
+    assert (both["flops"], both["tflops"], both["pct_of_roof"]) == (4e9, 1.0, None)
+
+
+def test_without_declared_work_there_is_no_such_table(make_run: MakeRun) -> None:
+    run = make_run(S=[1024], routes=["auto"])
+    for profile in (profile_of(run), profile_of(run, kernels=[])):
+        assert declared_table(KERNELS, profile, ROOFS) == []
 
 
 def test_each_stage_and_the_part_of_its_roof(make_run: MakeRun) -> None:
