@@ -62,10 +62,20 @@ def faults(rows: list[StaticRow]) -> Iterator[str]:
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``compiled(module, arch)``: what the module launches on ``arch``, compiled for it."""
 
-    def rows(module: str, arch: str) -> list[StaticRow]:
-        places = launched(list(import_module(module).STATIC), arch)
+    def rows(module: str, arch: str, *, packed_dim: int | None = None) -> list[StaticRow]:
+        offered = list(import_module(module).STATIC)
+        places = launched(offered, arch)
+        change = "one"
+        if packed_dim is not None:
+            places = [place for place in places if offered[place]["constexprs"].get("D") == packed_dim]
+            change = (
+                '{**one, "signature": one["signature"] | {"q_bounds": "*i32:16", "k_bounds": "*i32:16"},'
+                ' "constexprs": {"starts": None} | {name: value for name, value in one["constexprs"].items()'
+                ' if not name.endswith("_bounds")}}'
+            )
         (tmp_path / "chosen.py").write_text(
-            f"from {module} import STATIC as found\nSTATIC = [found[place] for place in {places}]\n"
+            f"from {module} import STATIC as found\n"
+            f"STATIC = [{change} for one in (found[place] for place in {places})]\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         return compile_static(["chosen"], [arch])
@@ -95,3 +105,12 @@ def test_nothing_spills_on_hopper_and_products_are_wgmma(module: str, compiled: 
 def test_nothing_spills_elsewhere(module: str, arch: str, compiled: Any) -> None:
     """Compressed attention is the kernel of sliding attention."""
     assert not list(faults(compiled(module, arch)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "nsa.kernels.compressed"])
+def test_nothing_spills_where_sequences_are_packed(module: str, compiled: Any) -> None:
+    rows = compiled(module, "sm_90", packed_dim=128)
+    assert rows
+    assert not list(faults(rows))
