@@ -264,7 +264,7 @@ def test_words_units_and_ranks_hold_what_was_asked(
     monkeypatch.setattr(_union, "_MARK_BLOCK", 64)
     config = NSAConfig(2, 2, 16, selection_block_size=8, compression_block_size=8, compression_stride=8)
     lists = random_lists(2, 70, config, 100, 6)
-    asked = Asked.of(lists.to(kernel_device), 30, 100, config)
+    asked = Asked.of(lists.to(kernel_device), 30, torch.empty(2, 100), config, None)
     rows_of = range(70)  # three words of 32, four tiles of 21
     wanted = torch.zeros(4, 70, 13, dtype=torch.bool)
     by_head = lists.transpose(1, 2).flatten(0, 1).long()

@@ -193,7 +193,8 @@ def test_lse_is_that_of_the_visible_blocks(
     use_tiles(which, config, dtype)
     tensors = draw("score", config, 50, batch=1, keys=200, q_start=60, dtype=dtype, device=kernel_device)
     lse = torch.empty((1, 50, 6), device=kernel_device)
-    selection._lse(tensors["q"], tensors["k_cmp"], lse, config, 60)
+    layout = tiles.layout_of(tensors["q"], tensors["k_cmp"], None)
+    selection._lse(tensors["q"], tensors["k_cmp"], lse, config, 60, layout)
     q, k_cmp = (tensor.cpu() for tensor in tensors.values())
     exact, eager = (
         reference.compressed_attention(q.to(wide), k_cmp.to(wide), k_cmp.to(wide), config, q_start=60)[1]
@@ -328,9 +329,10 @@ def test_top_n_of_scores_full_of_ties(
     scores = torch.randint(0, 4, (2 * items, width, tokens)) * 0.25
     scores[:, 11], scores[:, 29], scores[:, 30] = 3e38, 1e-45, 1e-38
     chosen = torch.full((2, items * tokens - 3, 1, n), -7, dtype=torch.int32, device=kernel_device)
+    layout = tiles.layout_of(chosen, scores, None)
     for first, last in ((0, 3), (3, 4)):
         topn.top_n(
-            chosen, scores[first:last].to(kernel_device), (None, start), config,
+            chosen, scores[first:last].to(kernel_device), (None, start), layout, config,
             num_blocks=num_blocks, first_item=first, num_items=last - first,
         )  # fmt: skip
     own = (start + torch.arange(chosen.shape[1])) // 16
