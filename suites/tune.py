@@ -31,7 +31,7 @@ from nsa.kernels import _by_keys, _ranges, compressed, selected, selection, slid
 from nsa.kernels._tiles import LOG2E, Launch, layout_of, padded
 from nsa.kernels.work import Call, declared
 from nsa.testing import against_spec
-from nsabench.measure import choose_iters, make_timer
+from nsabench.measure import MeasureError, choose_iters, make_timer, resolve_device
 from nsabench.plan.axes import parse_duration, parse_ints
 from nsabench.present.wording import digits
 from nsabench.run.selection import synthetic
@@ -314,6 +314,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = sorted(set(given.kernels.split(",")) - set(KERNELS))
     if unknown:
         parser.error(f"--kernels: {unknown[0]!r}; allowed: {', '.join(KERNELS)}")
+    try:
+        resolve_device(given.device)
+    except MeasureError as error:
+        parser.error(f"--device: {error}")
     config = NSAConfig(given.heads, given.groups, given.dk, given.dv)
     overlap = given.overlap if given.overlap >= 0 else None
     deadline = time.monotonic() + parse_duration(given.budget)
