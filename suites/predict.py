@@ -95,9 +95,8 @@ def line(name: str, short: Sequence[KernelWork], long: Sequence[KernelWork], rat
 
 def forward(length: int, overlap: float) -> list[KernelWork]:
     """The whole of `triton`, in which compressed attention hands its lse on."""
-    call = Call(GROUPS, length, length, overlap=overlap)
-    works = [one for branch in ("cmp", "score", "sel", "win") for one in declared(branch, "triton", call)]
-    return [one for one in works if one.kernel != "_lse_kernel"]
+    call = Call(GROUPS, length, length, overlap=overlap, lse_given=True)
+    return [one for branch in ("cmp", "score", "sel", "win") for one in declared(branch, "triton", call)]
 
 
 def main() -> None:

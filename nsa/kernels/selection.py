@@ -287,7 +287,7 @@ def launched(call: Call, arch: tuple[int, int]) -> Launched:
     ends = {"width": width, "num_blocks": num_blocks}
     scores = scores_constexprs(config, call.dtype, launches.scores)
     return {
-        "_lse_kernel": _constexprs(config, call.dtype, launches.lse),
+        **({} if call.lse_given else {"_lse_kernel": _constexprs(config, call.dtype, launches.lse)}),
         "_scores_kernel": scores | ends,
         "_top_n_kernel": top_n_constexprs(config, scores["TOKENS"]) | ends,
     }

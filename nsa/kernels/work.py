@@ -55,6 +55,7 @@ class Call:
     others being drawn anew as by ``nsabench --selection overlap=X``; None for blocks drawn at random, each
     token by itself. ``union_blocks``: tokens of a tile, and the different blocks of one as measured, mean
     over tiles whose tokens have more blocks than they select; it is taken where the kernel's tiles are these.
+    ``lse_given``: scores begin with the lse of compressed attention.
     """
 
     config: NSAConfig
@@ -65,6 +66,7 @@ class Call:
     dtype: torch.dtype = torch.bfloat16
     overlap: float | None = None
     union_blocks: tuple[int, float] | None = None
+    lse_given: bool = False
 
     @property
     def heads(self) -> int:

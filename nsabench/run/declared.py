@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ def declared_work(cell: Cell, steps: Sequence[Step], row: Mapping[str, Any]) -> 
         return []
     for step in steps:
         for start, end in step.spans:
-            route, call = route_at(cell, (start, end)), _call(cell, start, end, row)
+            route = route_at(cell, (start, end))
+            call = replace(_call(cell, start, end, row), lse_given=route.shares_lse)
             for branch in BRANCHES:
                 backend = route.backend(branch)
                 if not backend.startswith("triton"):

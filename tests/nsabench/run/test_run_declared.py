@@ -83,7 +83,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def route_at(cell: Cell, span: tuple[int, int]) -> SimpleNamespace:
         routing = Routing.parse(cell.route)
-        return SimpleNamespace(backend=lambda branch: getattr(routing, branch))
+        shares = routing.cmp == routing.score == "triton"
+        return SimpleNamespace(backend=lambda branch: getattr(routing, branch), shares_lse=shares)
 
     monkeypatch.setattr(declaring, "route_at", route_at)
     monkeypatch.setattr(declaring, "_arch", lambda device: (9, 0))
@@ -104,6 +105,15 @@ def test_the_kernels_of_a_step_by_branch(make_cell: MakeCell, hopper: None) -> N
     assert found["sel", "_union_kernel"] > 1.5 * works_of(cell, union_blocks=12.0)["sel", "_union_kernel"]
     assert found["sel", "_union_kernel"] < works_of(cell)["sel", "_union_kernel"]
     assert works_of(make_cell(impl="dense", device="cuda:0")) == {}
+
+
+def test_scores_that_are_handed_an_lse_declare_none(make_cell: MakeCell, hopper: None) -> None:
+    def scoring(route: str) -> set[str]:
+        cell = make_cell(**LONG, **PAPER, device="cuda:0", route=route, scope="core")
+        return {kernel for branch, kernel in works_of(cell) if branch == "score"}
+
+    assert scoring("cmp=fa2,score=triton") == {"_lse_kernel", "_scores_kernel", "_top_n_kernel"}
+    assert scoring("cmp=triton,score=triton") == {"_scores_kernel", "_top_n_kernel"}
 
 
 def test_the_calls_of_a_step_add_up(make_cell: MakeCell, hopper: None) -> None:
