@@ -25,7 +25,7 @@ from nsabench.run.steps import Span
 ONLY = {"phase": "prefill", "passes": "fwd", "scope": "core", "mode": "batched"}
 """What of a cell a peer is timed in."""
 
-_TORCH = r"aten::|at::|cuda|Mem(cpy|set)"
+_TORCH = r"aten::|at::|cuda|Mem(cpy|set)|^detach_?$"
 
 Stage = Callable[[str], AbstractContextManager[object]]
 

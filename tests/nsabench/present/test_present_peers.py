@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,11 @@ def test_the_last_line_of_dense_names_them(run: Run) -> None:
     said = last_line(shape)
     assert "relative to it: " in said
     assert all(f"{name} " in said for name in NAMES)
+
+
+def test_a_peer_whose_row_came_first_is_not_the_first_route(make_run: MakeRun) -> None:
+    run = make_run(**{**LESS, "routes": ("win=off",)}, S=(1024,), impls=("nsa", *PEERS))
+    early = replace(run, cells=run.cells.iloc[::-1].reset_index(drop=True))
+    for cell in compared(early).values():
+        assert cell.base is not None
+        assert cell.base["impl"] == "nsa"
