@@ -46,7 +46,8 @@ def fake_fla(seen: list[dict[str, Any]]) -> Any:
         return selection(q, k, v, block_indices, block_size, scale)
 
     def parallel_topk(q, k, tokens, lse, n, block_size, scale):  # type: ignore[no-untyped-def]
-        seen.append({"blocks": k.shape[1], "tokens": tokens, "lse": lse is not None})
+        known = {} if lse is None else {"lse": True}
+        seen.append({"blocks": k.shape[1], "tokens": tokens, **known})
         config = NSAConfig(q.shape[2], k.shape[2], q.shape[3], None, *(block_size,) * 3, n)
         blocks = reference.select_blocks(q, k, config, q_start=tokens - q.shape[1], kv_len=tokens)
         return pad(blocks, (0, (1 << (n - 1).bit_length()) - n), value=-1)
