@@ -114,7 +114,7 @@ def _heading(cell: Cell, limit: int | None, timeout_s: float) -> list[str]:
 
 def _name(cell: Cell, arms: Sequence[Cell]) -> str:
     """The arm by what tells it from the others."""
-    names = [cell.route if cell.impl == "nsa" else cell.impl]
+    names = [cell.arm]
     for field in ("scope", "passes", "mode", "B", "dtype", "dim", "heads", "groups", "dk", "dv", "device"):
         if len({getattr(arm, field) for arm in arms}) > 1:
             value = getattr(cell, field)

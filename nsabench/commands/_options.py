@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nsabench.plan import BASELINES, PlanError, parse_ints
+from nsabench.plan import BASELINES, PEERS, PlanError, parse_ints
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class AxisOptions:
         _axis(
             "--impl",
             metavar="NAMES",
-            help="What to measure: nsa, by its routes, or dense attention as dense, dense:flash, ... or all; "
-            "several with commas between.",
+            help="What to measure: nsa, by its routes, dense attention as dense, dense:flash, ... or all, or "
+            f"another's NSA as {', '.join(PEERS)}; several with commas between.",
             default="nsa",
             panel=None,
         ),

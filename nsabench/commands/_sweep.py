@@ -191,6 +191,6 @@ def _refuse_unless_some_run(cells: list[Cell], names: Mapping[str, str]) -> None
         why = cannot_run(cell)
         if why is None:
             return
-        reasons.setdefault(cell.route if of_nsa else cell.impl, why)
+        reasons.setdefault(cell.arm, why)
     said = "; ".join(f"{name!r} cannot run here: {why}" for name, why in reasons.items())
     raise PlanError(f"{names['routes' if of_nsa else 'impl']}: {said}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -20,7 +20,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a peer on st
 
 def peers(markdown: Markdown = False, json: Json = False) -> None:
     """List the other implementations that are known: installed or how to get them, what they offer, how
-    they differ from the rules here, and which of them `nsabench verify` asks.
+    they differ from the rules here, which of them `nsabench verify` asks, and the names by which `--impl`
+    times them.
 
     Nothing of theirs is imported.
     """
@@ -37,9 +38,11 @@ def peers(markdown: Markdown = False, json: Json = False) -> None:
             talk = console()
             talk.print(_table(found))
             talk.print("nsabench verify asks those marked *, where they are installed", markup=False)
+            names = ", ".join(name for one in found for name in one["timed"])
+            talk.print(f"timed beside NSA by --impl: {names}", markup=False)
 
 
-def survey() -> list[dict[str, str | bool | None]]:
+def survey() -> list[dict[str, Any]]:
     """Each known peer with its version here, None where it is not installed."""
     from nsabench.peers.registry import PEERS
 
@@ -51,29 +54,42 @@ def survey() -> list[dict[str, str | bool | None]]:
             "offers": peer.offers,
             "differs": peer.differs,
             "verified": bool(peer.adapter),
+            "timed": list(peer.impls),
             "source": peer.source,
         }
         for peer in PEERS
     ]
 
 
-def peers_markdown(found: list[dict[str, str | bool | None]]) -> str:
+def peers_markdown(found: list[dict[str, Any]]) -> str:
     """A Markdown table of :func:`survey`."""
-    lines = ["| peer | installed | get it | offers | differs | `verify` asks it |", "|---" * 6 + "|"]
+    lines = [
+        "| peer | installed | get it | offers | differs | `verify` asks it | `--impl` |",
+        "|---" * 7 + "|",
+    ]
     for one in found:
         cells = [
             f"[{one['peer']}]({one['source']})",
             str(one["version"] or "no"),
-            f"`{one['get']}`" if str(one["get"]).startswith("pip") else str(one["get"]),
+            _command(str(one["get"])),
             str(one["offers"]),
             str(one["differs"]),
             "yes" if one["verified"] else "",
+            ", ".join(f"`{name}`" for name in one["timed"]),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in cells) + " |")
     return "\n".join(lines)
 
 
-def _table(found: list[dict[str, str | bool | None]]) -> Table:
+def _command(get: str) -> str:
+    """A line for a shell, marked as such; what follows it in words is not."""
+    if not get.startswith("pip") and "&&" not in get:
+        return get
+    line, needs, words = get.partition(" (")
+    return f"`{line}`{needs}{words}"
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 1, 0), pad_edge=False)
     for header, share in (("peer", 2), ("installed, or how to get it", 3), ("offers", 4), ("differs", 4)):
         table.add_column(header, overflow="fold", ratio=share)

@@ -2,12 +2,14 @@
 
 Both have l = d = l', blocks pooled by their mean, one K and V for all branches. Asked branch by branch, with
 compressed keys given, that remains only where blocks are chosen: overlapping blocks are attended by shifted
-queries. The window is flash-attn's own, and not asked here.
+queries. The window is flash-attn's own, and only timed. What is timed takes l = d: shifted copies of queries
+are no work of fla's.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -17,7 +19,9 @@ import torch
 from torch.nn.functional import pad
 
 from nsa import NSAConfig
+from nsa.routes import Request
 from nsabench.peers.branches import Ask, PeerBranch, no_fp64, whole_sequences
+from nsabench.peers.core import PeerCore, needs_flash
 
 LEAST_GROUP = 16
 WIDEST_HEAD = 256
@@ -129,6 +133,113 @@ def fused_selected(
     return o, None
 
 
+class _Core(PeerCore):
+    """What its two ways to compute have in common: block lists as ours, in any order."""
+
+    def refuse(self, request: Request, branches: Collection[str]) -> str:
+        ask = Ask(request)
+        config = request.config
+        why = self._refuse(ask)
+        if not why and config.compression_block_size != config.compression_stride:
+            why = "" if set(branches).isdisjoint({"cmp", "score"}) else "l = d only"
+        if not why and "score" in branches:
+            why = _chooses(ask) or self._refuse_choice(ask)
+        if not why and "win" in branches:
+            why = self._refuse_window(request)
+        return why
+
+    def _refuse(self, ask: Ask) -> str:
+        raise NotImplementedError
+
+    def _refuse_choice(self, ask: Ask) -> str:
+        return ""
+
+    def _refuse_window(self, request: Request) -> str:
+        raise NotImplementedError
+
+    def lists_of(self, blocks: torch.Tensor, config: NSAConfig) -> torch.Tensor:
+        return blocks
+
+    def blocks_of(self, lists: torch.Tensor, batch: int, config: NSAConfig) -> torch.Tensor:
+        return _ascending(lists[..., : config.num_selected_blocks])
+
+
+class Fused(_Core):
+    """What `parallel_nsa` calls: its kernels, the choice from the lse of the compressed branch."""
+
+    def _refuse(self, ask: Ask) -> str:
+        return _fused(ask)
+
+    def _refuse_choice(self, ask: Ask) -> str:
+        return _fused_chooses(ask)
+
+    def _refuse_window(self, request: Request) -> str:
+        return needs_flash(request)
+
+    def compressed(
+        self, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, config: NSAConfig, *, chooses: bool
+    ) -> tuple[torch.Tensor, Any]:
+        tokens = q.shape[1]
+        k_cmp, v_cmp = (_whole(t, tokens, config) for t in (k_cmp, v_cmp))
+        attend = _ops("compression").parallel_nsa_compression
+        found: tuple[torch.Tensor, Any] = attend(
+            q, k_cmp, v_cmp, tokens, config.compression_stride, config.scale
+        )
+        return found
+
+    def choose(
+        self, q: torch.Tensor, k_cmp: torch.Tensor, config: NSAConfig, known: Any = None
+    ) -> torch.Tensor:
+        tokens = q.shape[1]
+        n, size = config.num_selected_blocks, config.selection_block_size
+        choose = _ops("parallel").parallel_nsa_topk
+        lists: torch.Tensor = choose(q, _whole(k_cmp, tokens, config), tokens, known, n, size, config.scale)
+        return lists
+
+    def selected(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, config: NSAConfig
+    ) -> torch.Tensor:
+        # The function behind `parallel_nsa`, which pools keys and values first, wanted or not.
+        attend = _ops("parallel").ParallelNSAFunction.apply
+        n, size = config.num_selected_blocks, config.selection_block_size
+        o: torch.Tensor = attend(q, k, v, lists, n, size, config.scale, None)
+        return o
+
+    def sliding(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> torch.Tensor:
+        attend = import_module("flash_attn").flash_attn_func
+        window = (config.window_size - 1, 0)
+        o: torch.Tensor = attend(q, k, v, softmax_scale=config.scale, causal=True, window_size=window)
+        return o
+
+
+class Naive(_Core):
+    """Its plain torch functions."""
+
+    def _refuse(self, ask: Ask) -> str:
+        return no_fp64(ask)
+
+    def _refuse_window(self, request: Request) -> str:
+        return "offers no sliding branch; ask with win=off"
+
+    def compressed(
+        self, q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, config: NSAConfig, *, chooses: bool
+    ) -> tuple[torch.Tensor, Any]:
+        return naive_compressed(q, k_cmp, v_cmp, config)[0], None
+
+    def choose(
+        self, q: torch.Tensor, k_cmp: torch.Tensor, config: NSAConfig, known: Any = None
+    ) -> torch.Tensor:
+        return naive_select(q, k_cmp, config)
+
+    def selected(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lists: torch.Tensor, config: NSAConfig
+    ) -> torch.Tensor:
+        return naive_selected(q, k, v, lists, config)[0]
+
+    def sliding(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: NSAConfig) -> torch.Tensor:
+        raise NotImplementedError("fla's plain functions have no sliding branch")
+
+
 def _shifted(
     q: torch.Tensor, k_cmp: torch.Tensor, v_cmp: torch.Tensor, config: NSAConfig
 ) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -212,3 +323,6 @@ BRANCHES = (
     PeerBranch("sel", "", fused_selected, _fused),
 )
 """What is asked of fla-core."""
+
+CORES = {"": Fused(), "naive": Naive()}
+"""What can be timed, by variant."""

@@ -10,10 +10,14 @@ from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from nsabench.peers.installed import located, state_of
+
 if TYPE_CHECKING:
     from nsabench.peers.branches import PeerBranch
+    from nsabench.peers.core import PeerCore
 
 EXTRA = "pip install 'nsabench[peers]'"
+CLONE = "git clone https://github.com"
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,9 @@ class Peer:
     """One of them.
 
     ``distribution`` is its name for pip, empty where it is no package; ``module`` the top-level module that
-    it installs. ``get`` is how to get it, ``adapter`` the module of this package that asks it, empty where
-    there is none.
+    it installs, and ``file`` what tells a clone's folder from another of that name. ``get`` is how to get it,
+    ``adapter`` the module of this package that asks it, empty where there is none; ``timed`` are the variants
+    whose core can be timed, the first of them the peer's best.
     """
 
     name: str
@@ -33,9 +38,16 @@ class Peer:
     differs: str
     source: str
     adapter: str = ""
+    file: str = ""
+    timed: tuple[str, ...] = ()
 
     def version(self) -> str | None:
-        """The installed version; None where it is not installed. Imports nothing of it."""
+        """The installed version, of a clone its commit; None where it is not installed. Imports nothing of
+        it.
+        """
+        if self.file:
+            folder = located(self.module, self.file)
+            return None if folder is None else state_of(folder)
         if not self.module or find_spec(self.module) is None:
             return None
         try:
@@ -50,6 +62,16 @@ class Peer:
         found: tuple[PeerBranch, ...] = import_module(self.adapter).BRANCHES
         return found
 
+    @property
+    def impls(self) -> tuple[str, ...]:
+        """The names by which its core is asked for, ``peer:NAME`` or ``peer:NAME:VARIANT``."""
+        return tuple(f"peer:{self.name}:{v}" if v else f"peer:{self.name}" for v in self.timed)
+
+    def core(self, impl: str) -> PeerCore:
+        """The core of one of its ``impls``; the adapter is imported now, the peer at the first call."""
+        cores: dict[str, PeerCore] = import_module(self.adapter).CORES
+        return cores[self.timed[self.impls.index(impl)]]
+
 
 PEERS = (
     Peer(
@@ -63,6 +85,7 @@ PEERS = (
         "a power of two of at least 16",
         "https://github.com/fla-org/flash-linear-attention",
         "nsabench.peers.fla",
+        timed=("", "naive"),
     ),
     Peer(
         "lucidrains",
@@ -74,6 +97,34 @@ PEERS = (
         "keys, compressed path not rotated and with a learned key; one head dim",
         "https://github.com/lucidrains/native-sparse-attention-pytorch",
         "nsabench.peers.lucidrains",
+    ),
+    Peer(
+        "xunhaolai",
+        "",
+        "native_sparse_attention",
+        f"{CLONE}/XunhaoLai/native-sparse-attention-triton && "
+        "export PYTHONPATH=$PWD/native-sparse-attention-triton:$PYTHONPATH (needs einops)",
+        "compressed_attention, topk_sparse_attention, a module, decode, in Triton",
+        "a window of w + 1 keys in prefill (asked for w) and w in decode; keeps whole score matrices; waits "
+        "for the host; one head dim up to 128",
+        "https://github.com/XunhaoLai/native-sparse-attention-triton",
+        "nsabench.peers.xunhaolai",
+        "ops/triton/topk_sparse_attention.py",
+        ("",),
+    ),
+    Peer(
+        "sfnsa",
+        "",
+        "flash_nsa",
+        f"{CLONE}/mdy666/Scalable-Flash-Native-Sparse-Attention && "
+        "export PYTHONPATH=$PWD/Scalable-Flash-Native-Sparse-Attention:$PYTHONPATH (needs setuptools<81)",
+        "flash_nsa_varlen_func, nsa_decode: the full core, paged decode, context parallel, in Triton",
+        "a window of w + 1 keys (asked for w); stores scores cubed in fp16 by default, so small ones vanish "
+        "(asked for fp32)",
+        "https://github.com/mdy666/Scalable-Flash-Native-Sparse-Attention",
+        "nsabench.peers.sfnsa",
+        "ops/select_attn.py",
+        ("",),
     ),
     Peer(
         "cudnn",
@@ -103,25 +154,6 @@ PEERS = (
         "not NSA: a sparse block must equal the tile; its sparse backward at head dim 64 was wrong on SM90 "
         "in some versions",
         "https://github.com/Dao-AILab/flash-attention",
-    ),
-    Peer(
-        "sfnsa",
-        "",
-        "",
-        "git clone https://github.com/mdy666/Scalable-Flash-Native-Sparse-Attention",
-        "flash_nsa_varlen_func, nsa_decode: the full core, paged decode, context parallel",
-        "a window of w + 1 keys; stores scores cubed in fp16 by default, so small ones vanish",
-        "https://github.com/mdy666/Scalable-Flash-Native-Sparse-Attention",
-    ),
-    Peer(
-        "xunhaolai",
-        "",
-        "",
-        "git clone https://github.com/XunhaoLai/native-sparse-attention-triton",
-        "compressed_attention, topk_sparse_attention, a module, decode, in Triton",
-        "a window of w + 1 keys in prefill and w in decode; keeps whole score matrices; waits for the host "
-        "in decode",
-        "https://github.com/XunhaoLai/native-sparse-attention-triton",
     ),
     Peer(
         "fsa",
@@ -179,6 +211,11 @@ PEERS = (
     ),
 )
 """All of them that are known, those with an adapter first."""
+
+
+def timed() -> dict[str, Peer]:
+    """The peers whose core can be timed, by the name that asks for it."""
+    return {impl: peer for peer in PEERS for impl in peer.impls}
 
 
 def adapted() -> list[Peer]:

@@ -1,7 +1,7 @@
 """What to run: axes and suites become a list of cells. Needs neither torch nor nsa."""
 
 from nsabench.plan.axes import PlanError, nearest, parse_duration, parse_ints, parse_routes
-from nsabench.plan.cells import BASELINES, IMPLS, Cell, groups, sweep
+from nsabench.plan.cells import BASELINES, IMPLS, PEERS, Cell, groups, sweep
 from nsabench.plan.declaration import AXES, CACHES, REGIMES, TIMERS
 from nsabench.plan.order import informative
 from nsabench.plan.suite import Suite, Sweep, cells_of, tags_of, unmeasured
@@ -20,6 +20,7 @@ __all__ = [
     "BASELINES",
     "CACHES",
     "IMPLS",
+    "PEERS",
     "REGIMES",
     "TIMERS",
     "Cell",

@@ -21,17 +21,19 @@ _PATTERN = {
     "impl": r"\S+",
     "route": r"\S+",
 }
-IMPLS = (
-    "nsa",
+BASELINES = (
     "dense",
     *(f"dense:{kernel}" for kernel in ("flash", "cudnn", "efficient", "math", "flex", "fa2", "fa3", "fa4")),
 )
-"""What can be measured: NSA itself, and dense causal attention of the same shape, by the kernel that torch
-picks or by one of a name.
+"""Dense causal attention of the same shape, by the kernel that torch picks or by one of a name. A baseline
+has no route: its cells say ``auto``.
 """
 
-BASELINES = IMPLS[1:]
-"""What NSA is compared with. A baseline has no route: its cells say ``auto``."""
+PEERS = ("peer:fla-core", "peer:fla-core:naive", "peer:xunhaolai", "peer:sfnsa")
+"""Other implementations of NSA. The route of a peer's cell says no more than which branches are off."""
+
+IMPLS = ("nsa", *BASELINES, *PEERS)
+"""What can be measured: the NSA here by its routes, dense attention, and the NSA of others."""
 
 ALL = "all"
 """Stands for every baseline."""
@@ -90,8 +92,24 @@ class Cell:
                 _check_int(field.name, value, minimum=0 if field.name in ("seed", "twin") else 1)
             else:
                 _check_text(field.name, value)
-        if self.impl != "nsa" and self.route != "auto":
+        if self.impl in PEERS and self.route != switched_off(self.route):
+            raise PlanError(f"cell: route is {self.route!r}; {no_backends(self.impl)}")
+        if self.impl in PEERS and self.route.count("=off") == 3:
+            raise PlanError(f"cell: route is {self.route!r}; at least one of cmp, sel, win must run")
+        if self.impl not in ("nsa", *PEERS) and self.route != "auto":
             raise PlanError(f"cell: route is {self.route!r}; {self.impl} has no routes, only auto")
+
+    @property
+    def computes_nsa(self) -> bool:
+        """Whether it is NSA that is measured, the one here or another's."""
+        return self.impl == "nsa" or self.impl in PEERS
+
+    @property
+    def arm(self) -> str:
+        """What is measured at its shape: the NSA here by its route, anything else by its name."""
+        if self.impl == "nsa":
+            return self.route
+        return self.impl if self.route == "auto" else f"{self.impl} {self.route}"
 
     @property
     def cell_id(self) -> str:
@@ -140,6 +158,7 @@ def sweep(
 ) -> list[Cell]:
     """Every combination, ordered by B, then passes, then S, with the arms of one shape adjacent: the routes
     as given if `impls` has `nsa`, then its other names, then the `baselines`; `all` stands for each baseline.
+    A peer has an arm for each choice of branches that the routes switch off.
 
     `fixed` holds the other fields of Cell; those with a default may be left out. Duplicates on an axis are
     dropped. PlanError for an empty axis, and as `Cell.from_dict`.
@@ -150,7 +169,13 @@ def sweep(
             raise PlanError(f"sweep: {name} is empty; give at least one value")
     fixed = {"impl": "nsa", "selection": "natural", **fixed}
     arms = [{"route": route} for route in routes if "nsa" in impls]
-    arms += [{"impl": name, "route": "auto"} for name in spelled_out((*impls, *baselines)) if name != "nsa"]
+    less = list(dict.fromkeys(map(switched_off, routes)))
+    arms += [
+        {"impl": name, "route": route}
+        for name in spelled_out((*impls, *baselines))
+        if name != "nsa"
+        for route in (less if name in PEERS else ["auto"])
+    ]
     cells = [
         Cell.from_dict({**fixed, "B": b, "passes": p, "S": s, **arm})
         for b in dict.fromkeys(B)
@@ -164,6 +189,22 @@ def sweep(
 def spelled_out(names: Iterable[str]) -> list[str]:
     """The names of impls, each once, with `all` as every baseline that it stands for."""
     return list(dict.fromkeys(one for name in names for one in (BASELINES if name == ALL else (name,))))
+
+
+def switched_off(route: str) -> str:
+    """What of a route a peer can follow, its branches that are off: `auto`, or such as `sel=off,win=off`."""
+    parts = {part.replace(" ", "").replace("score=", "sel=") for part in route.split(",")}
+    return ",".join(off for off in ("cmp=off", "sel=off", "win=off") if off in parts) or "auto"
+
+
+def names_backend(route: str) -> bool:
+    """Whether a route says more than which branches are off."""
+    return any(part.strip().partition("=")[2] != "off" for part in route.split(",") if part.strip() != "auto")
+
+
+def no_backends(impl: str) -> str:
+    """What is said of a peer's route that names a backend."""
+    return f"{impl} has no backends, only branches that are off, such as win=off"
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:

@@ -60,7 +60,9 @@ AXES: dict[str, Kind] = {
     "routes": Routes("Routes of NSA to measure side by side.", ("auto",)),
     "passes": _words("passes", "Passes of a prefill.", ("fwd",)),
     "mode": _words("mode", "How a prefill feeds its prompt.", ("batched",)),
-    "impl": Names("What to measure: nsa by its routes, or a dense attention.", (*IMPLS, ALL), ("nsa",)),
+    "impl": Names(
+        "What to measure: nsa by its routes, a dense attention, or a peer.", (*IMPLS, ALL), ("nsa",)
+    ),
     "baselines": Names(
         "Dense attention to measure beside it in the same rounds; all is each kind, none stands for nothing.",
         (*BASELINES, ALL, "none"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nsabench.plan.axes import PlanError, nearest, parse_ints
-from nsabench.plan.cells import BASELINES, IMPLS, Cell
+from nsabench.plan.cells import BASELINES, IMPLS, PEERS, Cell, names_backend, no_backends, switched_off
 
 BRANCHES = ("cmp", "score", "sel", "win")
 WORK = ("phase", "S", "B", "dim", "heads", "groups", "dk", "dv", "scope", "passes")
@@ -37,9 +37,9 @@ class Side:
 def parse_side(text: str) -> Side:
     """The side that `text` names, parts separated by commas.
 
-    A part is a route or the part of one (`sdpa`, `cmp=fa2`), a baseline (`dense:flash`), or a field of the
-    cell and its value (`dtype=bf16`, `S=4k`, `passes=bwd`). PlanError names what is none of these, given
-    twice, or at odds with another part.
+    A part is a route or the part of one (`sdpa`, `cmp=fa2`), a baseline (`dense:flash`), a peer, of which a
+    branch may be off (`peer:sfnsa,win=off`), or a field of the cell and its value (`dtype=bf16`, `S=4k`,
+    `passes=bwd`). PlanError names what is none of these, given twice, or at odds with another part.
     """
     name = ",".join(part.strip() for part in text.split(","))
     route: list[str] = []
@@ -48,7 +48,7 @@ def parse_side(text: str) -> Side:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not part or (equals and not value):
             raise PlanError(f"side {text!r} has an empty part; write it as sdpa, dense or cmp=fa2,dtype=bf16")
-        if not equals and part.partition(":")[0] in BASELINES:
+        if not equals and part.partition(":")[0] in (*BASELINES, "peer"):
             key, equals, value = "impl", "=", part
         if not equals or key in BRANCHES:
             route.append(part)
@@ -63,11 +63,16 @@ def parse_side(text: str) -> Side:
             raise PlanError(f"side {text!r}: no implementation {value!r}; {nearest(value, IMPLS)}")
     if len(route) > 1 and not all("=" in part for part in route):
         raise PlanError(f"side {text!r}: {' and '.join(route)} are two routes; name one")
-    if route and changes.get("impl", "nsa") != "nsa":
-        raise PlanError(f"side {text!r}: {changes['impl']} has no routes")
-    if route:
+    impl = changes.get("impl", "nsa")
+    if impl in PEERS:
+        changes["route"] = switched_off(",".join(route))
+        if any(map(names_backend, route)):
+            raise PlanError(f"side {text!r}: {no_backends(str(impl))}")
+    elif route and impl != "nsa":
+        raise PlanError(f"side {text!r}: {impl} has no routes")
+    elif route:
         changes["route"] = ",".join(route)
-    elif changes.get("impl", "nsa") != "nsa":
+    elif impl != "nsa":
         changes["route"] = "auto"
     return Side(name, tuple(sorted(changes.items())))
 

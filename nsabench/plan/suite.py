@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nsabench.plan.axes import PlanError, sizes_text
-from nsabench.plan.cells import Cell, groups, sweep
+from nsabench.plan.cells import PEERS, Cell, groups, names_backend, no_backends, sweep, switched_off
 from nsabench.plan.declaration import AXES, PREFILL_ONLY, SHAPE, SUITE, SWEEP
 from nsabench.plan.kinds import Sizes, Table
 from nsabench.plan.order import informative
@@ -107,10 +107,9 @@ class Suite:
         for name in axes.keys() & PREFILL_ONLY.keys():
             if "prefill" not in phases:
                 raise PlanError(f"{option(name)}: no sweep of the suite is a prefill")
-        # What is measured instead of NSA has no routes, whatever those of NSA were.
-        dropped = {"routes"} if "nsa" not in axes.get("impl", ("nsa",)) else set()
+        impls = axes.get("impl", ("nsa",))
         changed = [
-            {a: v for a, v in own.items() if a not in dropped}
+            (own if "nsa" in impls else _without_backends(own, impls))
             | {a: v for a, v in axes.items() if own["phase"] == "prefill" or a not in PREFILL_ONLY}
             for own in self.sweeps
         ]
@@ -163,9 +162,7 @@ def tags_of(words: Iterable[str], where: str) -> tuple[str, ...]:
 
 def unmeasured(suite: Suite, cells: Iterable[Cell]) -> list[str]:
     """The criteria that no cells can meet, because none of that kind is measured; a line for each."""
-    measured = {
-        (c.S, c.phase, c.passes, c.scope, c.impl if c.impl != "nsa" else c.route, c.group_key) for c in cells
-    }
+    measured = {(c.S, c.phase, c.passes, c.scope, c.arm, c.group_key) for c in cells}
     lines = []
     for key in ("speedup", "max_ms"):
         for number, wanted in enumerate(suite.criteria.get(key, ()), 1):
@@ -187,12 +184,23 @@ def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: one(value) for key, value in table.items()}
 
 
+def _without_backends(own: Mapping[str, Any], impls: Collection[str]) -> dict[str, Any]:
+    """The axes of a sweep, of whose routes others than the NSA here have nothing, and peers what is off."""
+    kept = {axis: value for axis, value in own.items() if axis != "routes"}
+    if "routes" in own and not set(PEERS).isdisjoint(impls):
+        kept["routes"] = tuple(dict.fromkeys(map(switched_off, own["routes"])))
+    return kept
+
+
 def _refuse_contradictions(own: Mapping[str, Any], name: Callable[[str], str]) -> None:
     for axis, only in PREFILL_ONLY.items():
         if own["phase"] == "decode" and own.get(axis, (only,)) != (only,):
             raise PlanError(f"{name(axis)}: decode has only {only}")
     impls = own.get("impl", ("nsa",))
-    if "routes" in own and "nsa" not in impls:
+    peers = [name for name in impls if name in PEERS]
+    if "nsa" not in impls and peers and any(map(names_backend, own.get("routes", ()))):
+        raise PlanError(f"{name('routes')}: {no_backends(peers[0])}; leave it out, or add nsa")
+    if "routes" in own and "nsa" not in impls and not peers:
         raise PlanError(f"{name('routes')}: {','.join(impls)} has no routes; leave it out, or add nsa")
     baselines = own.get("baselines", ())
     if "none" in baselines and len(baselines) > 1:

@@ -77,6 +77,11 @@ def conditions_of(row: Row) -> str:
     return " ".join(filter(None, (row["regime"], row["cache"], row["timer"])))
 
 
+def is_nsa(row: Mapping[str, Any]) -> bool:
+    """Whether the row is of the NSA here, by one of its routes: neither dense nor a peer."""
+    return row["impl"] in ("", None, "nsa")
+
+
 def is_dense(row: Mapping[str, Any]) -> bool:
     """Whether the row is of dense attention, in whatever implementation."""
     return str(row["impl"]).partition(":")[0] == "dense"
@@ -90,20 +95,21 @@ def varying(rows: Sequence[Row], fields: Iterable[str] = PLANNED) -> list[str]:
 def planned_routes(info: Mapping[str, Any]) -> list[str]:
     """The routes of NSA in run.json's plan, in the order they were asked for."""
     cells = [cell for cell in info.get("plan") or () if "route" in cell]
-    return list(dict.fromkeys(str(c["route"]) for c in cells if not is_dense({"impl": "", **c})))
+    return list(dict.fromkeys(str(c["route"]) for c in cells if is_nsa({"impl": "", **c})))
 
 
 def baselines(rows: Sequence[Row], order: Order = ()) -> list[Row | None]:
     """For each row, the row of the first route of its shape: by `order`, then by place. None for dense.
 
-    It is the baseline even if it failed: no other route silently takes its place.
+    It is the baseline even if it failed: no other route silently takes its place. A peer is one only where
+    no route was measured.
     """
     by_run = order if isinstance(order, Mapping) else dict.fromkeys((row["run_id"] for row in rows), order)
     places = {run: {route: place for place, route in enumerate(routes)} for run, routes in by_run.items()}
 
-    def place_of(row: Row) -> int:
+    def place_of(row: Row) -> tuple[bool, int]:
         known = places.get(row["run_id"], {})
-        return known.get(row["route"], len(known))
+        return not is_nsa(row), known.get(row["route"], len(known))
 
     first: dict[tuple[Any, ...], Row] = {}
     for row in sorted((row for row in rows if not is_dense(row)), key=place_of):

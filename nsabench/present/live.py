@@ -16,7 +16,7 @@ from rich.text import Text
 from nsabench.plan.cells import Cell
 from nsabench.present.cell_text import last_line, plain_row
 from nsabench.present.disturbances import row_notes
-from nsabench.present.frame import Row, cell_rows, is_dense, shape_key
+from nsabench.present.frame import Row, cell_rows, is_dense, is_nsa, shape_key
 from nsabench.present.pairing import compare
 from nsabench.present.tables import cells_table
 from nsabench.present.wording import MISSING, arm_text, count_text, digits, duration_text, fields_text
@@ -195,9 +195,10 @@ def _group_text(group: Sequence[Cell]) -> str:
     """The shape of the cells that are measured together, and what is measured of it."""
     fields = group[0].to_dict()
     cells = [cell.to_dict() for cell in group]
-    routes = [cell["route"] for cell in cells if not is_dense(cell)]
-    others = [arm_text(cell) for cell in cells if is_dense(cell)]
-    others = [f"{len(others)} dense attentions"] if len(others) > 3 else others
+    routes = [cell["route"] for cell in cells if is_nsa(cell)]
+    peers = [arm_text(cell) for cell in cells if not is_nsa(cell) and not is_dense(cell)]
+    dense = [arm_text(cell) for cell in cells if is_dense(cell)]
+    dense = [f"{len(dense)} dense attentions"] if len(dense) > 3 else dense
     arms = [f"{len(routes)} routes"] if len(routes) > 1 else routes
     core = " core" if fields["scope"] == "core" else ""
-    return f"{fields_text(fields, ('phase', 'passes', 'S', 'B'))}{core}, {', '.join(arms + others)}"
+    return f"{fields_text(fields, ('phase', 'passes', 'S', 'B'))}{core}, {', '.join(arms + peers + dense)}"

@@ -139,7 +139,7 @@ class _Beside:
 
     @classmethod
     def of(cls, cells: Sequence[Compared]) -> "_Beside":
-        routes = {cell.row["route"] for cell in cells if not is_dense(cell.row)}
+        routes = {arm_text(cell.row) for cell in cells if not is_dense(cell.row)}
         beside = [cell for cell in cells if cell.dense is not None and cell.dense is not cell.row]
         rows = [cell.row for cell in cells if is_dense(cell.row)] if beside else []
         # Where none is ok, there is nothing to name but what was asked for.

@@ -99,7 +99,9 @@ def fields_text(row: Mapping[str, Any], fields: Iterable[str]) -> str:
 
 
 def arm_text(row: Mapping[str, Any]) -> str:
-    """What was measured at a shape: NSA by its route, anything else by its name: "auto", "dense"."""
+    """What was measured at a shape: NSA by its route, anything else by its name: "auto", "dense",
+    "peer:sfnsa win=off".
+    """
     if row["impl"] in ("", None, "nsa"):
         return str(row["route"])
     return str(row["impl"]) if row["route"] == "auto" else f"{row['impl']} {row['route']}"

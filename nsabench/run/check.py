@@ -25,6 +25,7 @@ from nsabench.run.selection import NOTHING, Sharing, attending, sharing
 SPEC_ELEMENTS = 2**24
 LEAST_ROWS = 16
 
+ATTENDING = ("cmp", "sel", "win")
 GRADIENTS = ("q", "k_cmp", "v_cmp", "k_sel", "v_sel", "k_win", "v_win", "gates")
 
 Inputs = dict[str, Any]
@@ -106,9 +107,10 @@ def check_arm(
     ``elements`` bounds the specification's score matrix, which is its cost. ``blocks`` are attended in place
     of those that the scores choose: what they choose is held against the specification all the same.
     """
-    segments = _segments(inputs, config, elements)
-    chosen, overlap, wrong = _check_selection(inputs, route, config, segments)
-    attended = chosen if chosen is None or blocks is None else blocks
+    chosen = None
+    if route.score is not None:
+        where = {"q_start": inputs["q_start"], "kv_len": inputs["k_sel"].shape[1]}
+        chosen = route.score(inputs["q"], inputs["k_cmp"], config, **where)
     proofs: list[Proof] = []
 
     def attend(given: Inputs) -> torch.Tensor:
@@ -118,23 +120,46 @@ def check_arm(
         return out
 
     with attending({} if blocks is None else {inputs["q_start"]: blocks}):
-        found = compare(
+        found = check_branches(
             inputs,
-            segments,
             attend,
-            lambda given, rows: _specification(given, rows, route, config, attended),
-            GRADIENTS if gradients else (),
+            [branch for branch in ATTENDING if route.backend(branch) != "off"],
+            chosen,
+            config,
+            gradients=gradients,
+            elements=elements,
+            blocks=blocks,
         )
+    return replace(found, proof=proofs[0].text, fell_back=proofs[0].fell_back)
+
+
+def check_branches(
+    inputs: Inputs,
+    attend: Callable[[Inputs], torch.Tensor],
+    branches: Collection[str],
+    chosen: torch.Tensor | None,
+    config: NSAConfig,
+    *,
+    gradients: bool = False,
+    elements: int = SPEC_ELEMENTS,
+    blocks: torch.Tensor | None = None,
+) -> Verdict:
+    """Hold ``attend(inputs)`` against the gated sum of ``branches`` (of cmp, sel, win), and the blocks
+    ``chosen (B,T,H,n)`` for it against those of the specification. ``blocks`` as in :func:`check_arm`.
+    """
+    segments = _segments(inputs, config, elements)
+    overlap, wrong = _check_selection(inputs, chosen, config, segments)
+    attended = chosen if chosen is None or blocks is None else blocks
+    found = compare(
+        inputs,
+        segments,
+        attend,
+        lambda given, rows: _specification(given, rows, branches, config, attended),
+        GRADIENTS if gradients else (),
+    )
     reason = found.reason if found.has_nan else wrong or found.reason
     shared = NOTHING if attended is None else sharing(attended, inputs["q_start"], config)
-    return replace(
-        found,
-        reason=reason,
-        overlap=overlap,
-        sharing=shared,
-        proof=proofs[0].text,
-        fell_back=proofs[0].fell_back,
-    )
+    return replace(found, reason=reason, overlap=overlap, sharing=shared)
 
 
 def part_of_budget(error: Check) -> float:
@@ -216,16 +241,13 @@ def _specified(
 
 
 def _check_selection(
-    inputs: Inputs, route: Route, config: NSAConfig, segments: Sequence[Segment]
-) -> tuple[torch.Tensor | None, float | None, str]:
-    """The blocks that the arm's scores choose, the part of them that the specification chooses too, and what
-    is wrong with them.
-    """
-    if route.score is None:
-        return None, None, ""
+    inputs: Inputs, chosen: torch.Tensor | None, config: NSAConfig, segments: Sequence[Segment]
+) -> tuple[float | None, str]:
+    """The part of the ``chosen`` blocks that the specification chooses too, and what is wrong with them."""
+    if chosen is None:
+        return None, ""
     q, k_cmp, start = inputs["q"], inputs["k_cmp"], inputs["q_start"]
     length = inputs["k_sel"].shape[1]
-    chosen = route.score(q, k_cmp, config, q_start=start, kv_len=length)
     keys = k_cmp.cpu()
     same = total = 0
     wrong = ""
@@ -242,7 +264,7 @@ def _check_selection(
         wrong = wrong or _exchanged(
             took, should, _ranks(scores, start + a, config), error_budget(scores, single, 1.0)
         )
-    return chosen, same / total if total else 1.0, wrong
+    return same / total if total else 1.0, wrong
 
 
 def _existing(blocks: torch.Tensor, length: int, config: NSAConfig) -> torch.Tensor:
@@ -281,7 +303,11 @@ def _members(indices: torch.Tensor, blocks: int) -> torch.Tensor:
 
 
 def _specification(
-    given: Inputs, rows: Segment, route: Route, config: NSAConfig, attended: torch.Tensor | None
+    given: Inputs,
+    rows: Segment,
+    branches: Collection[str],
+    config: NSAConfig,
+    attended: torch.Tensor | None,
 ) -> torch.Tensor:
     """What the specification gives for some rows, with the blocks that the arm attends in them (what its
     scores choose is checked apart).
@@ -290,15 +316,15 @@ def _specification(
     start = given["q_start"] + a
     q, gates = given["q"][:, a:b], given["gates"][:, a:b].unsqueeze(-1)
     out = torch.zeros(())
-    if route.cmp is not None:
+    if "cmp" in branches:
         branch = reference.compressed_attention(q, given["k_cmp"], given["v_cmp"], config, q_start=start)
         out = out + gates[..., 0, :] * branch[0]
-    if route.sel is not None and attended is not None:
+    if "sel" in branches and attended is not None:
         keys, values = given["k_sel"], given["v_sel"]
         blocks = _existing(attended[:, a:b].cpu(), keys.shape[1], config)
         branch = reference.selected_attention(q, keys, values, blocks, config, q_start=start)
         out = out + gates[..., 1, :] * branch[0]
-    if route.win is not None:
+    if "win" in branches:
         first = start - given["win_start"]
         branch = reference.sliding_attention(q, given["k_win"], given["v_win"], config, q_start=first)
         out = out + gates[..., 2, :] * branch[0]

@@ -102,7 +102,7 @@ def _seconds(cell: Cell, policy: Policy, step: float, here: Machine) -> float:
     sample = steps * once
     variants = len(steps_of(cell)) if cell.phase == "decode" else 1
     samples = policy.rounds + 1
-    if policy.alone and cell.impl == "nsa" and cell.passes == "fwd":
+    if policy.alone and cell.computes_nsa and cell.passes == "fwd":
         samples += 8
     if cell.device != "cpu":
         samples += 3 * CROSS_SAMPLES
@@ -138,15 +138,15 @@ def _step_s(cell: Cell, here: Machine) -> float:
     passes = {"fwd": 1, "bwd": 2, "fwd_bwd": 3}[cell.passes]
     keys = read if decode else cell.S
     moved = passes * calls * size * (parameters + cell.B * cell.groups * (cell.dk + cell.dv) * keys)
-    call_s = here.call_s * (1.0 if cell.impl == "nsa" else 0.2)
-    rate = here.flops(cell.dtype) * (1.0 if cell.impl == "nsa" else here.dense)
+    call_s = here.call_s * (1.0 if cell.computes_nsa else 0.2)
+    rate = here.flops(cell.dtype) * (1.0 if cell.computes_nsa else here.dense)
     return passes * calls * call_s + flops / rate + moved / here.bandwidth
 
 
 def _tokens_read(cell: Cell) -> float:
     """Keys and values a query reads, mean over the queries of a step."""
     first = cell.S if cell.phase == "decode" else 1
-    if cell.impl != "nsa":
+    if not cell.computes_nsa:
         return (first + cell.S) / 2
     config = config_of(cell)
     lengths = [first + (cell.S - first) * point // (POINTS - 1) for point in range(POINTS)]
@@ -155,14 +155,14 @@ def _tokens_read(cell: Cell) -> float:
 
 def _parameters(cell: Cell) -> int:
     """Weights of the layer: projections in and out, and NSA's gates."""
-    branches, gates = (3, 3 * cell.heads) if cell.impl == "nsa" else (1, 0)
+    branches, gates = (3, 3 * cell.heads) if cell.computes_nsa else (1, 0)
     keys = cell.heads * cell.dk + branches * cell.groups * (cell.dk + cell.dv)
     return cell.dim * (keys + gates + cell.heads * cell.dv)
 
 
 def _bytes(cell: Cell) -> int:
     """Weights, prompt, projections, cache, output and the check's score matrices."""
-    branches = 3 if cell.impl == "nsa" else 1
+    branches = 3 if cell.computes_nsa else 1
     heads = cell.heads * (2 * cell.dk + 2 * cell.dv) + 2 * branches * cell.groups * (cell.dk + cell.dv)
     kept = 1 if cell.passes == "fwd" else 4
     tokens = cell.B * cell.S * (2 * cell.dim + heads) * kept

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from nsabench.measure.stages import Hook
-from nsabench.plan import BASELINES, Cell, PlanError, nearest
+from nsabench.plan import BASELINES, PEERS, Cell, PlanError, nearest
 from nsabench.run.check import Inputs, Verdict
 from nsabench.run.steps import DTYPES, Span
 from nsabench.run.work import Work, config_of
@@ -119,6 +119,7 @@ class Impl(ABC):
 IMPLS = {
     "nsa": "nsabench.run.impl_nsa:Nsa",
     **dict.fromkeys(BASELINES, "nsabench.run.impl_dense:Dense"),
+    **dict.fromkeys(PEERS, "nsabench.run.impl_peer:PeerNsa"),
 }
 
 

@@ -13,14 +13,12 @@ from nsa.blocks import num_compressed_blocks, window_start
 from nsa.routes import BRANCHES, Route
 from nsabench.measure.stages import Hook
 from nsabench.plan import PlanError
-from nsabench.run.check import GRADIENTS, Inputs, Verdict, check_arm
+from nsabench.run.check import ATTENDING, GRADIENTS, Inputs, Verdict, check_arm
 from nsabench.run.impl import Fields, Impl, Refused
 from nsabench.run.selection import attending, blocks_of
 from nsabench.run.selection_file import unusable
 from nsabench.run.steps import Span, route_at
 from nsabench.run.work import Work, count_work
-
-ATTENDING = ("cmp", "sel", "win")
 
 
 class Nsa(Impl):

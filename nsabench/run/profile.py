@@ -124,7 +124,7 @@ def _shown_steps(workload: Workload, variants: Sequence[Variant]) -> dict[str, C
 
 def parts_of(workload: Workload, route: str) -> dict[str, Part]:
     """Counted work by stage; empty for an implementation without NSA's stages."""
-    if workload.cell.impl != "nsa":
+    if not workload.cell.computes_nsa:
         return {}
     routing = Routing.parse(route)
     branches = tuple(branch for branch in ATTENDING if getattr(routing, branch) != "off")

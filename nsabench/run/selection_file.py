@@ -58,7 +58,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
 def unusable(cell: Cell) -> str | None:
     """Why the file that a cell's selection names cannot be what it attends, by the file's header, or None."""
     kind, _, path = cell.selection.partition("=")
-    if kind != "file" or cell.impl != "nsa":
+    if kind != "file" or not cell.computes_nsa:
         return None
     try:
         return _other(read_header(path), cell, path)

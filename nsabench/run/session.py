@@ -63,13 +63,13 @@ def measure_group(
     if not arms:
         return
     for arm in arms:
-        sink.doing(f"checking {_name(arm)} against the specification")
+        sink.doing(f"checking {arm.cell.arm} against the specification")
         _guard(arm, arm.prepare, sink)
     for arm, steps in rotation(arms).items():
-        sink.doing(f"{steps} steps of {_name(arm)} in one graph")
+        sink.doing(f"{steps} steps of {arm.cell.arm} in one graph")
         _guard(arm, partial(arm.rotate, steps), sink)
     for arm, places in placements(arms).items():
-        sink.doing(f"{places} copies of the tensors of {_name(arm)}, elsewhere in memory")
+        sink.doing(f"{places} copies of the tensors of {arm.cell.arm}, elsewhere in memory")
         _guard(arm, partial(arm.spread, places), sink)
     if policy.settle:
         _settle(arms, sink)
@@ -90,7 +90,7 @@ def measure_group(
         if sampler.slow_downs(began, ended) is not None:
             arm.fields["dropped_rounds"] = len(dropped_rounds(arm.samples))
         if arm.fields["status"] == "ok":
-            sink.doing(f"stages, branches and memory of {_name(arm)}")
+            sink.doing(f"stages, branches and memory of {arm.cell.arm}")
         _guard(arm, arm.finish, sink)
         arm.fields |= read
         arm.release()
@@ -170,10 +170,6 @@ def _drop(arms: Sequence[Arm], number: int, why: str) -> None:
                 sample["dropped"] = why
 
 
-def _name(arm: Arm) -> str:
-    return arm.cell.route if arm.cell.impl == "nsa" else arm.cell.impl
-
-
 class _Failed(Exception):
     """A failure that has become a status and a reason."""
 
@@ -189,7 +185,7 @@ def _guard(arm: Arm, act: Callable[[], None], sink: Sink) -> None:
         if arm.fields["status"] == "error" and (lost := _lost(arm.cell.device)):
             arm.fields["reason"] = f"{DEVICE_LOST}: {arm.fields['reason']}"
             sink.done(arm.fields, arm.samples)
-            raise DeviceLost(f"{DEVICE_LOST} when {_name(arm)} failed: {lost}") from None
+            raise DeviceLost(f"{DEVICE_LOST} when {arm.cell.arm} failed: {lost}") from None
         arm.release()
 
 

@@ -386,7 +386,7 @@ def least_bytes(cell: Cell) -> int:
     check its cache, and the scores of `dense:math`, which holds them all. For refusing the hopeless early.
     """
     keys = cell.groups * (cell.dk + cell.dv)
-    projected = cell.heads * cell.dk + (3 * keys if cell.impl == "nsa" else keys)
+    projected = cell.heads * cell.dk + (3 * keys if cell.computes_nsa else keys)
     pairs = max((b - a) * b for step in steps_of(cell) for a, b in step.spans)
     scores = cell.heads * pairs if cell.impl == "dense:math" else 0
     return math.ceil(cell.B * (cell.S * projected + scores) * ELEMENT_BYTES[cell.dtype])

@@ -59,7 +59,7 @@ _WHAT = (
     _text("phase", "decode, prefill or train"),
     _text("passes", "fwd, bwd or fwd_bwd"),
     _text("mode", "batched, stepwise or chunked=N: how the tokens are fed"),
-    _text("impl", "the implementation measured: nsa, or what it is compared with, as dense"),
+    _text("impl", "the implementation measured: nsa, or what it is compared with, as dense or peer:sfnsa"),
     _text("scope", "what is timed: module (the whole layer) or core (the attention on given inputs)"),
     _int("S", "tokens", "sequence length: keys seen by the measured step"),
     _int("B", "sequences", "batch size"),

@@ -31,7 +31,17 @@ def test_every_peer_is_listed_with_its_version_or_how_to_get_it(call) -> None:  
 def test_json_is_an_object_a_peer(call) -> None:  # type: ignore[no-untyped-def]
     rows = call("peers", "--json").rows
     assert [row["peer"] for row in rows] == NAMES
-    assert [row["peer"] for row in rows if row["verified"]] == ["fla-core", "lucidrains"]
+    assert [row["peer"] for row in rows if row["verified"]] == [
+        "fla-core",
+        "lucidrains",
+        "xunhaolai",
+        "sfnsa",
+    ]
+    assert {row["peer"]: row["timed"] for row in rows if row["timed"]} == {
+        "fla-core": ["peer:fla-core", "peer:fla-core:naive"],
+        "xunhaolai": ["peer:xunhaolai"],
+        "sfnsa": ["peer:sfnsa"],
+    }
     assert [row["version"] for row in rows if row["version"]] == ["0.6.0"]
     assert all(row["get"] and row["offers"] and row["differs"] for row in rows)
     assert all(row["source"].startswith("https://github.com/") for row in rows)
@@ -42,7 +52,7 @@ def test_markdown_is_a_table(call) -> None:  # type: ignore[no-untyped-def]
     lines = done.out.splitlines()
     assert done.out.strip() == peers_markdown(survey())
     assert len(lines) == len(NAMES) + 2
-    assert {line.count("|") for line in lines} == {7}
+    assert {line.count("|") for line in lines} == {8}
     assert lines[2].startswith("| [fla-core](https://github.com/fla-org/flash-linear-attention) | 0.6.0 |")
 
 

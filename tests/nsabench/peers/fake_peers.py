@@ -46,8 +46,8 @@ def fake_fla(seen: list[dict[str, Any]]) -> Any:
         return selection(q, k, v, block_indices, block_size, scale)
 
     def parallel_topk(q, k, tokens, lse, n, block_size, scale):  # type: ignore[no-untyped-def]
-        assert lse is None
-        seen.append({"blocks": k.shape[1], "tokens": tokens})
+        known = {} if lse is None else {"lse": True}
+        seen.append({"blocks": k.shape[1], "tokens": tokens, **known})
         config = NSAConfig(q.shape[2], k.shape[2], q.shape[3], None, *(block_size,) * 3, n)
         blocks = reference.select_blocks(q, k, config, q_start=tokens - q.shape[1], kv_len=tokens)
         return pad(blocks, (0, (1 << (n - 1).bit_length()) - n), value=-1)
@@ -56,12 +56,20 @@ def fake_fla(seen: list[dict[str, Any]]) -> Any:
         assert tokens == q.shape[1]
         return compression(q, k, v, block_size, scale)
 
+    def parallel_apply(q, k, v, block_indices, block_counts, block_size, scale, cu_seqlens):  # type: ignore[no-untyped-def]
+        assert cu_seqlens is None
+        return selection(q, k, v, block_indices[..., :block_counts], block_size, scale)
+
     modules = {
         "naive": SimpleNamespace(
             naive_nsa_compression=compression, naive_nsa_selection=selection, naive_nsa_topk=topk
         ),
         "compression": SimpleNamespace(parallel_nsa_compression=parallel_compression),
-        "parallel": SimpleNamespace(parallel_nsa=parallel_nsa, parallel_nsa_topk=parallel_topk),
+        "parallel": SimpleNamespace(
+            parallel_nsa=parallel_nsa,
+            parallel_nsa_topk=parallel_topk,
+            ParallelNSAFunction=SimpleNamespace(apply=parallel_apply),
+        ),
     }
     return modules.__getitem__
 

@@ -21,7 +21,8 @@ def test_names_are_unique_and_say_something() -> None:
         assert peer.get.startswith(("pip install ", "git clone https://github.com/"))
         assert peer.offers
         assert peer.differs
-        assert bool(peer.module) == bool(peer.distribution)
+        assert bool(peer.module) == bool(peer.distribution or peer.file)
+        assert not peer.timed or peer.adapter
 
 
 def test_a_version_is_that_of_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

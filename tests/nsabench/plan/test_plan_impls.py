@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from nsabench.plan import BASELINES, IMPLS, PlanError, Suite, cells_of, json_schema, parse_suite, to_toml
+from nsabench.plan import (
+    BASELINES,
+    IMPLS,
+    PEERS,
+    PlanError,
+    Suite,
+    cells_of,
+    json_schema,
+    parse_suite,
+    to_toml,
+)
 from nsabench.plan.sides import parse_side
 
 Said = dict[str, Any]
@@ -48,6 +59,44 @@ def test_what_is_measured(given: dict[str, str], expected: list[str]) -> None:
     assert arms(**given) == expected
 
 
+PEER = "peer:sfnsa"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"impl": PEER}, [PEER]),
+        ({"impl": f"nsa,{PEER},dense"}, ["auto", PEER, "dense"]),
+        ({"impl": f"nsa,{PEER}", "routes": "sdpa;auto"}, ["sdpa", "auto", PEER]),
+        (
+            {"impl": f"nsa,{PEER}", "routes": "cmp=fa2,win=off;win=off,cmp=sdpa;score=off;sel=off,win=sdpa"},
+            ["cmp=fa2,win=off", "win=off,cmp=sdpa", "score=off", "sel=off,win=sdpa", f"{PEER} win=off",
+             f"{PEER} sel=off"],
+        ),
+        ({"impl": PEER, "routes": "win=off, cmp=off;auto"}, [f"{PEER} cmp=off,win=off", PEER]),
+        ({"impl": f"{PEER},dense", "routes": "win=off"}, [f"{PEER} win=off", "dense"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_peer_does_the_work_of_each_route(given: dict[str, str], expected: list[str]) -> None:
+    suite = Suite.of_options("prefill", {"S": "64", **given}, option)
+    assert [cell.arm for cell in cells_of(suite, defaults)] == expected
+
+
+def test_a_peer_is_no_baseline() -> None:
+    assert set(PEERS).isdisjoint(BASELINES)
+    assert set(PEERS).isdisjoint(arms(impl="nsa,all"))
+    with pytest.raises(PlanError, match="--baselines: 'peer:sfnsa' is unknown"):
+        arms(baselines=PEER)
+
+
+def test_measuring_peers_keeps_of_a_files_routes_what_is_off() -> None:
+    routes = '["auto", "sdpa", "cmp=fa2,win=off"]'
+    text = f'about = "x"\n[[sweep]]\nphase = "prefill"\nS = 64\nroutes = {routes}'
+    changed = parse_suite(text, name="x").overridden({"impl": PEER}, option)
+    assert [cell.arm for cell in cells_of(changed, defaults)] == [PEER, f"{PEER} win=off"]
+
+
 def test_an_impl_beside_nsa_is_a_baseline() -> None:
     def cells(**given: str) -> Any:
         return cells_of(Suite.of_options("prefill", given, option), defaults)
@@ -67,6 +116,12 @@ def test_an_impl_beside_nsa_is_a_baseline() -> None:
             {"impl": "dense:flash", "routes": "auto"},
             "--routes: dense:flash has no routes; leave it out, or add nsa",
         ),
+        (
+            {"impl": "peer:sfnsa,dense", "routes": "win=off;sdpa"},
+            "--routes: peer:sfnsa has no backends, only branches that are off, such as win=off; "
+            "leave it out, or add nsa",
+        ),
+        ({"impl": "peer:sfns"}, "--impl: 'peer:sfns' is unknown; did you mean peer:sfnsa?"),
         ({"baselines": "none,dense"}, "--baselines: 'none,dense'; none goes alone"),
     ],
     ids=str,
@@ -120,9 +175,27 @@ def test_a_side_is_any_of_them(name: str) -> None:
     assert parse_side(f"{name},dtype=bf16").changes == (("dtype", "bf16"), ("impl", name), ("route", "auto"))
 
 
+def test_a_peer_is_a_side_and_may_have_branches_off() -> None:
+    assert parse_side(PEER).changes == (("impl", PEER), ("route", "auto"))
+    assert parse_side(f"{PEER},win=off,score=off").changes == (("impl", PEER), ("route", "sel=off,win=off"))
+
+
+@pytest.mark.parametrize("route", ["sdpa", "win=off,sel=off", "cmp=off,sel=off,win=off", "score=off"])
+def test_a_peers_cell_has_no_other_route(route: str) -> None:
+    (cell,) = cells_of(Suite.of_options("prefill", {"S": "64", "impl": PEER}, option), defaults)
+    assert replace(cell, route="sel=off,win=off").arm == f"{PEER} sel=off,win=off"
+    with pytest.raises(PlanError, match="cell: route is"):
+        replace(cell, route=route)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            "peer:sfnsa,sdpa",
+            "side 'peer:sfnsa,sdpa': peer:sfnsa has no backends, only branches that are off, such as win=off",
+        ),
+        ("peer:sfns", "side 'peer:sfns': no implementation 'peer:sfns'; did you mean peer:sfnsa?"),
         ("dense:flsh", "side 'dense:flsh': no implementation 'dense:flsh'; did you mean dense:flash?"),
         ("impl=dens", "side 'impl=dens': no implementation 'dens'; did you mean dense?"),
         ("dense:flash,sdpa", "side 'dense:flash,sdpa': dense:flash has no routes"),

@@ -97,7 +97,7 @@ def make_run(
 
 
 def _arm(cell: Cell) -> str:
-    return cell.route if cell.impl == "nsa" else cell.impl
+    return cell.arm
 
 
 def _planned(cell: Cell, run_id: str) -> dict[str, Any]:
