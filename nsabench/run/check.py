@@ -109,7 +109,10 @@ def check_arm(
     """
     chosen = None
     if route.score is not None:
-        where = {"q_start": inputs["q_start"], "kv_len": inputs["k_sel"].shape[1]}
+        where: dict[str, Any] = {"q_start": inputs["q_start"], "kv_len": inputs["k_sel"].shape[1]}
+        if route.shares_lse and route.cmp is not None:
+            keys = (inputs[name] for name in ("q", "k_cmp", "v_cmp"))
+            where["lse"] = route.cmp(*keys, config, q_start=inputs["q_start"])[1]
         chosen = route.score(inputs["q"], inputs["k_cmp"], config, **where)
     proofs: list[Proof] = []
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+import nsa.routes
 from nsa import NSAConfig, reference
-from nsa.routes import TABLE, Request, Row, refusal
+from nsa.routes import TABLE, Request, Route, Row, refusal
 from nsabench.plan import Cell
 from nsabench.run.check import Verdict, _segments, check_arm, part_of_budget
 from nsabench.run.steps import DTYPES, route_at, steps_of
@@ -217,19 +218,44 @@ def test_a_block_that_does_not_exist_is_found(make_cell: MakeCell, plant: Plant)
 
 def test_equal_scores_may_be_exchanged(make_cell: MakeCell, plant: Plant) -> None:
     """Two blocks with equal scores: the specification takes the lower, another may take the higher."""
-
-    def equal_keys(true: Any, q: Any, k_cmp: Any, config: NSAConfig, **more: Any) -> Any:
-        chosen = true(q, k_cmp, config, **more)
-        own = (more["q_start"] + torch.arange(q.shape[1])) // config.selection_block_size
-        free = (chosen > 0) & (chosen < own[:, None, None] - 1)
-        return (chosen + free * (own[:, None, None] - 2 - chosen)).to(chosen.dtype)
-
     cell = make_cell(S=60, route="sel=reference")
+    with plant(SCORES, takes_the_higher):
+        found = check_arm(*with_equal_scores(cell), gradients=False)
+    assert found.overlap is not None
+    assert found.overlap < 1
+    assert found.reason == ""
+
+
+def takes_the_higher(true: Any, q: Any, k_cmp: Any, config: NSAConfig, **more: Any) -> Any:
+    chosen = true(q, k_cmp, config, **more)
+    own = (more["q_start"] + torch.arange(q.shape[1])) // config.selection_block_size
+    free = (chosen > 0) & (chosen < own[:, None, None] - 1)
+    return (chosen + free * (own[:, None, None] - 2 - chosen)).to(chosen.dtype)
+
+
+def with_equal_scores(cell: Cell) -> tuple[dict[str, Any], Route, str, NSAConfig]:
     inputs = workload_for(cell).inputs_without_cache()
     inputs["k_cmp"] = torch.zeros_like(inputs["k_cmp"])
-    config = NSAConfig(4, 2, 8, 4, 8, 4, 8, 4, 12)
-    with plant(SCORES, equal_keys):
-        found = check_arm(inputs, route_at(cell, (0, 60)), cell.route, config, gradients=False)
+    return inputs, route_at(cell, (0, 60)), cell.route, NSAConfig(4, 2, 8, 4, 8, 4, 8, 4, 12)
+
+
+def test_the_blocks_judged_are_those_chosen_from_the_lse_handed_on(
+    make_cell: MakeCell, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal scores the step takes others with an lse than without one."""
+    sharing = Row("score", "sdpa", f"nsa.{SCORES}", lambda request: None, takes=("lse",))
+    monkeypatch.setattr(nsa.routes, "TABLE", (*nsa.routes.TABLE, sharing))
+    handed: list[bool] = []
+
+    def by_lse(true: Any, *given: Any, lse: Any = None, **more: Any) -> Any:
+        handed.append(lse is not None)
+        return true(*given, **more) if lse is None else takes_the_higher(true, *given, **more)
+
+    cell = make_cell(S=60, route="cmp=sdpa,score=sdpa,sel=reference")
+    with plant(SCORES, by_lse):
+        found = check_arm(*with_equal_scores(cell), gradients=False)
+    assert handed
+    assert all(handed)
     assert found.overlap is not None
     assert found.overlap < 1
     assert found.reason == ""
