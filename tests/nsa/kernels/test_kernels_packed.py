@@ -20,7 +20,7 @@ from nsa.testing import against_spec
 
 pytest.importorskip("triton")
 
-from nsa.kernels import selection
+from nsa.kernels import _by_keys, _union, selection
 
 Small = Callable[..., NSAConfig]
 
@@ -106,6 +106,21 @@ def test_each_sequence_is_as_if_alone(
             tensors,
         )["out"]
         assert outcome.ok, f"{name} differs by {outcome.max_abs_err:.3e}, budget {outcome.budget:.3e}"
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("backend", ["score=triton", "sel=triton:union", "sel=triton:kv_outer"])
+def test_in_several_chunks(
+    backend: str, small: Small, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, size in (
+        (_union, "CHUNK_BYTES", 2000),
+        (_by_keys, "CHUNK_BYTES", 20000),
+        (selection, "SCRATCH_BYTES", 2000),
+    ):
+        monkeypatch.setattr(module, name, size)
+    row = next(row for row in TABLE if f"{row.branch}={row.backend}" == backend)
+    test_each_sequence_is_as_if_alone(row, 6, 2, torch.float16, small, kernel_device)
 
 
 class Calls:
