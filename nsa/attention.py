@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nsa.blocks import num_selection_blocks
 from nsa.config import NSAConfig
 from nsa.packing import Packed
-from nsa.routes import Request, Routing, resolve
+from nsa.routes import Request, Route, Routing, resolve
 from nsa.stages import reselecting, settled_blocks, stage
+
+
+class Tensors(NamedTuple):
+    """What :func:`nsa_attention` is given, in its order."""
+
+    q: torch.Tensor
+    k_cmp: torch.Tensor
+    v_cmp: torch.Tensor
+    k_sel: torch.Tensor
+    v_sel: torch.Tensor
+    k_win: torch.Tensor
+    v_win: torch.Tensor
+    gates: torch.Tensor
+
+    def part(self, tokens: slice, blocks: slice) -> Tensors:
+        """One of packed sequences."""
+        return Tensors(
+            *(t[:, blocks if name in ("k_cmp", "v_cmp") else tokens] for name, t in self._asdict().items())
+        )
 
 
 def nsa_attention(
@@ -54,60 +73,42 @@ def nsa_attention(
         ValueError: shapes that do not fit the configuration, or routing text that does not parse.
         UnsupportedRoute: a named backend cannot run here, with the reason of each row.
     """
-    tensors = (q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates)
+    tensors = Tensors(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates)
+    more: dict[str, Any] = {
+        "routing": routing,
+        "q_start": q_start,
+        "win_start": win_start,
+        "block_indices": block_indices,
+        "packed": packed,
+    }
     if torch.compiler.is_compiling():
         # Routes are settled in Python, by facts that a trace would have to guard, and end in kernels that no
         # trace can enter.
         from nsa import untraced
 
-        return untraced.run(
-            nsa_attention,
-            *tensors,
-            config,
-            routing=routing,
-            q_start=q_start,
-            win_start=win_start,
-            block_indices=block_indices,
-            packed=packed,
-        )
+        return untraced.run(nsa_attention, *tensors, config, **more)
     if torch.is_autocast_enabled(q.device.type):
         # A backend computes in its inputs' dtype and accumulates in fp32; autocast would undo both inside it.
         with torch.autocast(q.device.type, enabled=False):
-            return nsa_attention(
-                *tensors,
-                config,
-                routing=routing,
-                q_start=q_start,
-                win_start=win_start,
-                block_indices=block_indices,
-                packed=packed,
-            )
+            return nsa_attention(*tensors, config, **more)
     _check_shapes(*tensors, config)
     if packed is not None:
         _check_packed(packed, q, k_cmp, k_sel, k_win, q_start, win_start)
     if block_indices is not None:
         _check_blocks(block_indices, q, k_sel, config)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:-1])
     request = Request(
         device=q.device.type,
         dtype=q.dtype,
         num_queries=q.shape[1] if packed is None else packed.longest,
         kv_len=k_sel.shape[1] if packed is None else packed.longest,
-        needs_grad=grad,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors[:-1]),
         config=config,
     )
     route = resolve(routing, request)
     if packed is not None and (reselecting() or not route.takes_packed):
         each = [
             nsa_attention(
-                q[:, tokens],
-                k_cmp[:, blocks],
-                v_cmp[:, blocks],
-                k_sel[:, tokens],
-                v_sel[:, tokens],
-                k_win[:, tokens],
-                v_win[:, tokens],
-                gates[:, tokens],
+                *tensors.part(tokens, blocks),
                 config,
                 routing=routing,
                 block_indices=None if block_indices is None else block_indices[:, tokens],
@@ -115,6 +116,20 @@ def nsa_attention(
             for tokens, blocks in packed.parts()
         ]
         return torch.cat(each, 1) if each else q.new_empty(*q.shape[:3], config.v_dim)
+    return _gated(route, tensors, config, q_start, win_start, block_indices, packed)
+
+
+def _gated(
+    route: Route,
+    tensors: Tensors,
+    config: NSAConfig,
+    q_start: int | torch.Tensor,
+    win_start: int,
+    blocks: torch.Tensor | None,
+    packed: Packed | None,
+) -> torch.Tensor:
+    """The branches of ``route``, one after the other, and their gated sum."""
+    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates = tensors
     also: dict[str, Any] = {} if packed is None else {"packed": packed}
     known: dict[str, Any] = {}
     parts: list[tuple[int, torch.Tensor]] = []
@@ -125,12 +140,10 @@ def nsa_attention(
         if route.shares_lse:
             known["lse"] = lse
     if route.sel is not None and route.score is not None:
-        blocks = block_indices
         if blocks is None:
             with stage("score"):
-                blocks = route.score(
-                    q, k_cmp, config, q_start=q_start, kv_len=k_sel.shape[1], **also, **known
-                )
+                length = k_sel.shape[1]
+                blocks = route.score(q, k_cmp, config, q_start=q_start, kv_len=length, **also, **known)
         blocks = settled_blocks(blocks, q_start)
         with stage("sel"):
             parts.append((1, route.sel(q, k_sel, v_sel, blocks, config, q_start=q_start, **also)[0]))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# All that awaits a GPU, in three calls of at most nine minutes each: correctness, times, launches.
+# What the Triton kernels await a GPU for, in three calls of some nine minutes: correctness, times, launches.
 #
 #   suites/gpu.sh check OUT      the tests marked gpu, the kernels' own, the scorecard
-#   suites/gpu.sh measure OUT    suite `kernels`, its plots and report
+#   suites/gpu.sh measure OUT    suite `kernels` and its plots
 #   suites/gpu.sh tune OUT       the Triton kernels at their launches and at others
 #
 # A step that fails does not stop the next. OUT gets a log of each, and what they store, as one archive. Exit

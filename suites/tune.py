@@ -3,7 +3,7 @@
 Each kernel runs by itself, with the small ones around it, at its own launch and at others that compile for
 sm_90 without spills; each is first checked against the specification at the last tokens of the prompt. Rounds
 take all launches in an order drawn by chance; a launch is told by the ratio of its time to that of the
-kernel's own, with a 95 % interval. Beside it: what the FLOPs and bytes that the kernel declares
+kernel's own, with a 95 % interval. Beside it: what the FLOPs and bytes that it declares at that launch
 (`nsa/kernels/work.py`) make of the time, and what `suites/predict.py` predicts. A better launch belongs into
 its kernel's table, with this ratio as the reason.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,10 +29,11 @@ import torch
 from nsa import NSAConfig, reference
 from nsa.blocks import num_compressed_blocks
 from nsa.kernels import _by_keys, _ranges, compressed, selected, selection, sliding
-from nsa.kernels._tiles import LOG2E, Launch, layout_of, padded
-from nsa.kernels.work import Call, declared
+from nsa.kernels._tiles import LOG2E, Launch, capability, layout_of, padded
+from nsa.kernels.work import Call, KernelWork, declared
 from nsa.testing import against_spec
 from nsabench.measure import MeasureError, choose_iters, make_timer, resolve_device
+from nsabench.plan import PlanError
 from nsabench.plan.axes import parse_duration, parse_ints
 from nsabench.present.wording import digits
 from nsabench.run.selection import synthetic
@@ -43,6 +45,7 @@ from predict import Rates
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED = 16  # queries
 SAMPLE_MS = 20.0
+OWN, LATE = "its own", "no time left"
 
 
 @dataclass(frozen=True)
@@ -83,22 +86,22 @@ class Kernel:
 
     ``declared`` is the branch, the backend and the kernel's name in `nsa.kernels.work`. ``run`` gives for a
     whole prompt what ``specify(**tensors, config=, q_start=)`` gives for its last queries. ``chooser`` is the
-    function that chooses the launch, ``choice`` what it returns for one. ``others`` are rows, keys, warps and
-    stages to try.
+    function that chooses the launch, ``choice`` what it returns for one and its own arguments. ``others`` are
+    rows, keys, warps and stages to try.
     """
 
     declared: tuple[str, str, str]
     run: Callable[[Prompt], torch.Tensor]
     specify: Callable[..., torch.Tensor]
     chooser: tuple[Any, str]
-    choice: Callable[[Launch, NSAConfig], Any]
+    choice: Callable[..., Any]
     others: tuple[tuple[int, int, int, int], ...]
 
-    def at(self, launch: Launch | None, config: NSAConfig) -> AbstractContextManager[object]:
+    def at(self, launch: Launch | None) -> AbstractContextManager[object]:
         """The context in which ``run`` launches so; None for the kernel's own launch."""
         if launch is None:
             return nullcontext()
-        return patch.object(*self.chooser, lambda *given: self.choice(launch, config))
+        return patch.object(*self.chooser, partial(self.choice, launch))
 
 
 def only_lse(prompt: Prompt) -> torch.Tensor:
@@ -108,7 +111,7 @@ def only_lse(prompt: Prompt) -> torch.Tensor:
     return lse / LOG2E
 
 
-def union_of(launch: Launch, config: NSAConfig) -> Launch:
+def union_of(launch: Launch, config: NSAConfig, *where: Any) -> Launch:
     rows = selected.tokens_of_tile(config.group_size, launch.block_m) * config.group_size
     return replace(launch, block_m=min(launch.block_m, padded(rows)))
 
@@ -116,12 +119,18 @@ def union_of(launch: Launch, config: NSAConfig) -> Launch:
 SETTINGS = selection.settings
 
 
-def settings_with(name: str) -> Callable[[Launch, NSAConfig], selection.Settings]:
-    return lambda launch, config: replace(SETTINGS(config, torch.bfloat16, (9, 0)), **{name: launch})
+def settings_with(name: str) -> Callable[..., selection.Settings]:
+    return lambda launch, *given: replace(SETTINGS(*given), **{name: launch})
 
 
-def as_is(launch: Launch, config: NSAConfig) -> Launch:
+def as_is(launch: Launch, *given: Any) -> Launch:
     return launch
+
+
+def specify_selected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    return reference.selected_attention(q, k, v, blocks, **more)[0]
 
 
 def attend(function: Callable[..., Any], *names: str) -> Callable[[Prompt], torch.Tensor]:
@@ -180,7 +189,7 @@ KERNELS = {
     "union": Kernel(
         ("sel", "triton:union", "_union_kernel"),
         attend(selected.selected_attention_union, "q", "k", "v", "blocks"),
-        lambda q, k, v, blocks, **more: reference.selected_attention(q, k, v, blocks, **more)[0],
+        specify_selected,
         (selected, "choose_union"),
         union_of,
         UNIONS,
@@ -188,7 +197,7 @@ KERNELS = {
     "kv_outer": Kernel(
         ("sel", "triton:kv_outer", "_block_kernel"),
         attend(selected.selected_attention_kv_outer, "q", "k", "v", "blocks"),
-        lambda q, k, v, blocks, **more: reference.selected_attention(q, k, v, blocks, **more)[0],
+        specify_selected,
         (_by_keys, "choose"),
         as_is,
         ((64, 64, 4, 1), (128, 64, 4, 1), (64, 64, 8, 1)),
@@ -196,7 +205,7 @@ KERNELS = {
     "query_major": Kernel(
         ("sel", "triton:query_major", "_query_kernel"),
         attend(selected.selected_attention_query_major, "q", "k", "v", "blocks"),
-        lambda q, k, v, blocks, **more: reference.selected_attention(q, k, v, blocks, **more)[0],
+        specify_selected,
         (selected, "choose_query_major"),
         as_is,
         ((16, 64, 4, 2), (16, 64, 2, 3), (16, 64, 2, 2), (16, 32, 2, 4)),
@@ -206,12 +215,11 @@ KERNELS = {
 
 def fault(kernel: Kernel, prompt: Prompt) -> str:
     """What is wrong with the kernel's output for the last queries; empty where nothing is."""
-    names = kernel.specify.__code__.co_varnames[: kernel.specify.__code__.co_argcount]
-    rows = slice(-CHECKED, None)
+    rows, taken = slice(-CHECKED, None), signature(kernel.specify).parameters
     tensors = {
         name: (t[:, rows] if name in ("q", "blocks") else t).cpu()
         for name, t in vars(prompt).items()
-        if name in names
+        if name in taken
     }
     found = kernel.run(prompt)[:, rows].cpu()
     known = {"config": prompt.config, "q_start": max(0, prompt.q.shape[1] - CHECKED)}
@@ -222,26 +230,32 @@ def fault(kernel: Kernel, prompt: Prompt) -> str:
     return "" if outcome.ok else f"off by {outcome.max_abs_err:.2e}, allowed {outcome.budget:.2e}"
 
 
+def work_of(kernel: Kernel, call: Call, device: torch.device) -> KernelWork:
+    """What the kernel declares at the launch of the context."""
+    branch, backend, name = kernel.declared
+    return next(one for one in declared(branch, backend, call, capability(device)) if one.kernel == name)
+
+
 def tune(
     name: str, prompt: Prompt, overlap: float | None, rounds: int, deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """A row for each launch of a kernel, its own first; launches that fail say so and have no time."""
+    """A row for each launch of a kernel, its own first; what has no time says why."""
     kernel, device = KERNELS[name], prompt.q.device
-    length, config = prompt.q.shape[1], prompt.config
-    call = Call(config, length, length, dtype=prompt.q.dtype, overlap=overlap)
-    own = next(one for one in declared(*kernel.declared[:2], call) if one.kernel == kernel.declared[2])
+    length = prompt.q.shape[1]
+    call = Call(prompt.config, length, length, dtype=prompt.q.dtype, overlap=overlap)
     launches = [None, *(Launch(*other, "") for other in kernel.others)]
-    timers, faults = {}, {}
+    timers, faults, works = {}, {}, {}
     for launch in launches:
         try:
-            with kernel.at(launch, config):
+            with kernel.at(launch):
                 faults[launch] = fault(kernel, prompt)
-                if not faults[launch]:
-                    timer = make_timer(
-                        "cpu" if device.type == "cpu" else "event", device, "warm", "sustained"
-                    )
-                    timer.prepare(lambda: kernel.run(prompt))
-                    timers[launch] = timer, choose_iters(timer.sample(1), SAMPLE_MS)
+                if faults[launch]:
+                    continue
+                works[launch] = work_of(kernel, call, device)
+                kind = "cpu" if device.type == "cpu" else "event"
+                timer = make_timer(kind, device, "warm", "sustained")
+                timer.prepare(lambda: kernel.run(prompt))
+                timers[launch] = timer, choose_iters(timer.sample(1), SAMPLE_MS)
         except Exception as error:  # a launch that does not fit is a finding, whatever raises it
             faults[launch] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     samples: dict[Launch | None, list[float]] = {launch: [] for launch in timers}
@@ -250,26 +264,34 @@ def tune(
             break
         for launch in random.sample(list(timers), len(timers)):
             timer, iters = timers[launch]
-            with kernel.at(launch, config):
+            with kernel.at(launch):
                 samples[launch].append(timer.sample(iters))
     for launch in launches:
         row = {"kernel": name, "S": length, "launch": words(launch), "why": faults[launch]}
-        times, base = samples.get(launch), samples.get(None)
-        if times:
-            ms = median_interval(times)
-            row |= {"ms": ms.point, "ms_lo": ms.lo, "ms_hi": ms.hi, "samples": times}
-            row |= {"tflops": own.flops / ms.point * 1e-9, "l2_tbps": own.l2_bytes / ms.point * 1e-9}
-            row["predicted_ms"] = Rates().ms([own])
-            if base and launch is not None:
-                ratio = paired_ratio(times, base)
-                row |= {"ratio": ratio.point, "ratio_lo": ratio.lo, "ratio_hi": ratio.hi}
+        if samples.get(launch):
+            base = None if launch is None else samples.get(None)
+            row |= figures(samples[launch], base, works[launch])
+        elif not faults[launch]:
+            row["why"] = LATE
         yield row
+
+
+def figures(times: list[float], base: list[float] | None, work: KernelWork) -> dict[str, Any]:
+    """Of a launch's ``times``, ms; ``base`` are those of the kernel's own, None for that one itself."""
+    ms = median_interval(times)
+    found = {"ms": ms.point, "ms_lo": ms.lo, "ms_hi": ms.hi, "samples": times}
+    found |= {"tflops": work.flops / ms.point * 1e-9, "l2_tbps": work.l2_bytes / ms.point * 1e-9}
+    found["predicted_ms"] = Rates().ms([work])
+    if base:
+        ratio = paired_ratio(times, base)
+        found |= {"ratio": ratio.point, "ratio_lo": ratio.lo, "ratio_hi": ratio.hi}
+    return found
 
 
 def words(launch: Launch | None) -> str:
     """``128x64, 8 warps, 3 stages``; the kernel's own has no name."""
     if launch is None:
-        return "its own"
+        return OWN
     return f"{launch.block_m}x{launch.block_n}, {launch.num_warps} warps, {launch.num_stages} stages"
 
 
@@ -294,7 +316,8 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 1 where a kernel is wrong, or fails, at its own launch."""
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--S", default="8k,64k")
     parser.add_argument("--kernels", default=",".join(KERNELS), help=f"of {', '.join(KERNELS)}")
@@ -311,27 +334,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", default="8m", help="no round begins later")
     parser.add_argument("--json", type=Path, help="a row a line, with samples")
     given = parser.parse_args(argv)
-    unknown = sorted(set(given.kernels.split(",")) - set(KERNELS))
+    names = given.kernels.split(",")
+    unknown = [name for name in names if name not in KERNELS]
     if unknown:
         parser.error(f"--kernels: {unknown[0]!r}; allowed: {', '.join(KERNELS)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds: at least 1, got {given.rounds}")
     try:
         resolve_device(given.device)
-    except MeasureError as error:
-        parser.error(f"--device: {error}")
-    config = NSAConfig(given.heads, given.groups, given.dk, given.dv)
+        config = NSAConfig(given.heads, given.groups, given.dk, given.dv)
+        lengths = parse_ints(given.S, minimum=config.compression_block_size)
+        deadline = time.monotonic() + parse_duration(given.budget)
+    except (MeasureError, PlanError, ValueError) as error:
+        parser.error(str(error))
     overlap = given.overlap if given.overlap >= 0 else None
-    deadline = time.monotonic() + parse_duration(given.budget)
+    failed = False
     print("| kernel | S | launch | ms | time, of its own | predicted ms | TFLOP/s | L2 TB/s | |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for length in parse_ints(given.S):
+    for length in lengths:
         prompt = Prompt.drawn(config, length, DTYPES[given.dtype], given.device, overlap)
-        for name in given.kernels.split(","):
+        for name in names:
             for row in tune(name, prompt, overlap, given.rounds, deadline):
                 print(line(row), flush=True)
+                failed |= row["launch"] == OWN and "ms" not in row and row["why"] != LATE
                 if given.json:
                     with given.json.open("a") as file:
                         file.write(json.dumps(row) + "\n")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

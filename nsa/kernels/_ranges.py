@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from nsa.config import NSAConfig
+from nsa.kernels._installed import interpreted
 from nsa.kernels._tiles import (
     LOG2E,
     ONE_LENGTH,
@@ -28,7 +29,6 @@ from nsa.kernels._tiles import (
     empty_outputs,
     finish,
     first_position,
-    interpreted,
     load_queries,
     on_its_device,
     online_softmax,

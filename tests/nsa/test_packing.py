@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from nsa.blocks import num_compressed_blocks
 from nsa.config import NSAConfig
 from nsa.packing import Packed
 from nsa.routes import TABLE, Request, resolve
+from tests.nsa.recorder import Recorder
 
 Small = Callable[..., NSAConfig]
 
@@ -76,25 +76,13 @@ def test_only_backends_that_say_so_take_them_in_one_call(small: Small) -> None:
     assert not route.shares_lse
 
 
-class Calls:
-    """Counts the stages that begin while it is watched."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.names.append(name)
-        yield
-
-
 def test_backends_that_do_not_compute_them_one_by_one(small: Small) -> None:
-    config, calls = small(), Calls()
+    config, calls = small(), Recorder()
     packed = packed_of([40, 0, 7, 60], config)
     given = inputs(packed, config)
     with stage_hook(calls):
         found = nsa_attention(**given, routing="reference")
-    assert calls.names.count("cmp") == 3
+    assert calls.seen.count("cmp") == 3
     for tokens, blocks in packed.parts():
         one = {
             name: value[:, blocks if name in ("k_cmp", "v_cmp") else tokens]

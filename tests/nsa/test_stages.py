@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from nsa import KVCache, NativeSparseAttention, NSAConfig, stage_hook
 from nsa.stages import STAGES, stage
+from tests.nsa.recorder import Recorder
 
 Small = Callable[..., NSAConfig]
-
-
-class Recorder:
-    """A hook that notes each stage and fails when one opens inside another."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-        self.inside: str | None = None
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        assert self.inside is None, f"{name} inside {self.inside}"
-        self.seen.append(name)
-        self.inside = name
-        try:
-            yield
-        finally:
-            self.inside = None
 
 
 FORWARD = ["proj", "compress", "cmp", "score", "sel", "win", "gate", "proj"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -17,6 +16,7 @@ from nsa.config import NSAConfig
 from nsa.packing import Packed
 from nsa.routes import FUNCTIONS, TABLE, Row
 from nsa.testing import against_spec
+from tests.nsa.recorder import Recorder
 
 pytest.importorskip("triton")
 
@@ -123,28 +123,16 @@ def test_in_several_chunks(
     test_each_sequence_is_as_if_alone(row, 6, 2, torch.float16, small, kernel_device)
 
 
-class Calls:
-    """Counts the stages that begin while it is watched."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.names.append(name)
-        yield
-
-
 @pytest.mark.interpret
 def test_a_layer_computes_them_in_one_call(small: Small, kernel_device: str) -> None:
     torch.manual_seed(0)
     layer = NativeSparseAttention(small(), dim=32).to(kernel_device)
     x = torch.randn(1, sum(LENGTHS), 32, device=kernel_device)
     bounds = torch.tensor(list(accumulate(LENGTHS, initial=0)))
-    calls = Calls()
+    calls = Recorder()
     with torch.no_grad(), stage_hook(calls):
         found = layer(x, routing="triton", cu_seqlens=bounds)
-    assert [calls.names.count(name) for name in ("cmp", "score", "sel", "win")] == [1, 1, 1, 1]
+    assert [calls.seen.count(name) for name in ("cmp", "score", "sel", "win")] == [1, 1, 1, 1]
 
     def exact(x: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
         spec = layer.cpu().to(x.dtype)
